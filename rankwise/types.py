@@ -1,0 +1,74 @@
+"""The nouns: a row is a prompt with K answers, ranked or not. Every table of the pipeline holds rows.
+
+A prompt alone is a row with K = 0, an SFT example has K = 1, a preference pair K = 2, a ranking K > 2.
+Rollouts are rows whose answers have no rank yet.
+
+Example:
+    Row(
+        id="imdb-17",
+        prompt=(Message(role="text", content="The film opens with"),),
+        answers=(Answer(text=" a superb chase.", rank=0), Answer(text=" a yawn.", rank=1)),
+    )
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: says what was given, where, why it cannot work, what to do.
+
+    Stages show the message alone and exit with status 2; any other exception is a defect of ours and
+    keeps its traceback.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One turn of a prompt. Plain text that is to be continued is a single message of role "text"."""
+
+    role: str  # "text" (continued verbatim, no chat template), or "system" | "user" | "assistant"
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One answer (completion) to a prompt."""
+
+    text: str
+    rank: int | None = None  # 0 is best; equal ranks are a tie; None: not ranked
+    strength: float | None = None  # Bradley-Terry log-strength given by the judge, when there is one
+    source: str = ""  # who wrote it: "dataset", "policy", "teacher", a model's name
+    token_ids: tuple[int, ...] | None = None  # as sampled, end-of-sequence token included if it came
+    finish_reason: str | None = None  # "stop" (ended by itself) | "length" (cut) | None (not sampled)
+    seed: int | None = None  # the sampling seed of this answer
+    logp: float | None = None  # sum of sampling log-probs, nats; never stands in for the reference's own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A prompt and its K answers."""
+
+    id: str  # unique within a table
+    prompt: tuple[Message, ...]
+    answers: tuple[Answer, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)  # flat, JSON-able: label, split, group, ...
+
+    @property
+    def ranked(self) -> tuple[Answer, ...]:
+        """The answers that have a rank, best first; ties keep their order."""
+        return tuple(sorted((a for a in self.answers if a.rank is not None), key=lambda a: a.rank))
+
+
+def text_prompt(text: str) -> tuple[Message, ...]:
+    """A plain-text prompt, to be continued verbatim."""
+    return (Message(role="text", content=text),)
+
+
+def show_prompt(prompt: tuple[Message, ...]) -> str:
+    """A prompt as a person reads it: plain text as it is, a chat with its roles."""
+    if len(prompt) == 1 and prompt[0].role == "text":
+        return prompt[0].content
+    return "\n".join(f"[{message.role}] {message.content}" for message in prompt)
