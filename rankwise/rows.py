@@ -47,9 +47,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> int:
     for before, after in zip(ordered, ordered[1:]):
         if before.id == after.id:
             raise UserError(f"{path}: id {after.id!r} occurs twice; ids must be unique within a table")
-    records = [
-        {**asdict(row), "meta": json.dumps(row.meta, sort_keys=True, ensure_ascii=False)} for row in ordered
-    ]
+    records = [{**asdict(row), "meta": json.dumps(row.meta, sort_keys=True, ensure_ascii=False)} for row in ordered]
     write_table(path, pa.Table.from_pylist(records, schema=SCHEMA))
     return len(ordered)
 

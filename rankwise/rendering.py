@@ -1,0 +1,135 @@
+"""Text to tokens: the one place where it happens, for SFT, rollouts, reference, training and judging alike.
+
+The rule at the boundary: a prompt's tokens are tokenize(prompt), whatever follows, because that is what the
+policy will be given when it answers. An answer's tokens are what tokenize(prompt + answer) adds to them. Where the
+tokenizer would merge characters across the boundary, the answer's text is tokenized by itself and the row is
+marked, so that the data doctor can count it. A plain-text answer ends in the EOS token; a chat answer ends as the
+chat template ends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from rankwise.types import Answer, Message, Row, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRow:
+    """A row as tokens: its prompt once, its K answers beside it."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    answers_ids: tuple[tuple[int, ...], ...]  # K answers; each ends in EOS unless it was cut
+    ranks: tuple[int, ...] = ()  # one an answer, 0 best, ties equal; empty when unranked
+    strengths: tuple[float, ...] = ()  # judge's log-strengths, one an answer, when known
+    boundary_merges: int = 0  # answers whose first characters the tokenizer would merge into the prompt
+    cut_tokens: int = 0  # tokens lost to the length limit, prompt and answers together
+
+    @property
+    def tokens(self) -> int:
+        """Token positions that this row computes: prompt once, plus every answer."""
+        return len(self.prompt_ids) + sum(map(len, self.answers_ids))
+
+
+class Renderer:
+    """Renders rows with one tokenizer, one template and one pair of length limits.
+
+    max_prompt_tokens keeps a prompt's end (its beginning is cut); max_answer_tokens keeps an answer's beginning.
+    0 means no limit.
+
+    A pad token equal to EOS is harmless here: targets are chosen by position, never by token, so the policy still
+    learns to stop.
+
+    Raises UserError when the tokenizer has no EOS token, or when a chat row meets a tokenizer without a template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int = 0, max_answer_tokens: int = 0):
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"tokenizer {tokenizer.name_or_path!r} has no EOS token, so an answer could never end; "
+                "set eos_token in its tokenizer_config.json"
+            )
+        self.tokenizer = tokenizer
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_answer_tokens = max_answer_tokens
+        # Some tokenizers close every text with EOS by themselves; a prompt must stay open.
+        probe = tokenizer("a")["input_ids"]
+        self._closing = int(bool(probe) and probe[-1] == tokenizer.eos_token_id)
+
+    def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
+        """Tokens of a prompt, ready for an answer to follow; whole, whatever the limits."""
+        if _is_text(prompt):
+            return list(self.tokenizer(prompt[0].content)["input_ids"][: -self._closing or None])
+        return self._template(prompt, add_generation_prompt=True)
+
+    def answer_ids(self, prompt: Sequence[Message], prompt_ids: Sequence[int], text: str) -> tuple[list[int], bool]:
+        """Tokens of an answer after its prompt, its end token included; and whether the boundary merged."""
+        if _is_text(prompt):
+            whole = self.tokenizer(prompt[0].content + text)["input_ids"]
+            whole = whole[: -self._closing or None]
+            tail = [self.tokenizer.eos_token_id]
+        else:
+            whole = self._template((*prompt, Message(role="assistant", content=text)), add_generation_prompt=False)
+            tail = []
+        if list(whole[: len(prompt_ids)]) == list(prompt_ids):
+            return [*whole[len(prompt_ids) :], *tail], False
+        alone = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*alone, self.tokenizer.eos_token_id], True
+
+    def render(self, row: Row, answers: Sequence[Answer] | None = None) -> TokenRow:
+        """A row as tokens. Answers that carry token ids (rollouts) keep them: nothing is tokenized twice."""
+        answers = row.answers if answers is None else answers
+        full = self.prompt_ids(row.prompt)
+        kept = full[-self.max_prompt_tokens :] if self.max_prompt_tokens else full
+        answers_ids, merges, cut = [], 0, len(full) - len(kept)
+        for answer in answers:
+            if answer.token_ids is not None:
+                ids = list(answer.token_ids)
+            else:
+                ids, merged = self.answer_ids(row.prompt, full, answer.text)
+                merges += merged
+            limit = self.max_answer_tokens or len(ids)
+            cut += max(0, len(ids) - limit)
+            answers_ids.append(tuple(ids[:limit]))
+        ranked = bool(answers) and all(answer.rank is not None for answer in answers)
+        rated = bool(answers) and all(answer.strength is not None for answer in answers)
+        return TokenRow(
+            id=row.id,
+            prompt_ids=tuple(kept),
+            answers_ids=tuple(answers_ids),
+            ranks=tuple(answer.rank for answer in answers) if ranked else (),
+            strengths=tuple(answer.strength for answer in answers) if rated else (),
+            boundary_merges=merges,
+            cut_tokens=cut,
+        )
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of sampled tokens, special tokens left out."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def answer_text(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+        """The text that sampled tokens add to their prompt: a leading space that belongs to the answer stays."""
+        before = self.text(prompt_ids)
+        whole = self.text([*prompt_ids, *token_ids])
+        return whole[len(before) :] if whole.startswith(before) else self.text(token_ids)
+
+    def _template(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            raise UserError(
+                f"tokenizer {self.tokenizer.name_or_path!r} has no chat template, but the prompt has roles "
+                f"{[message.role for message in messages]}; give the tokenizer one (chat_template.jinja), "
+                "or import the data as plain text"
+            )
+        chat = [{"role": message.role, "content": message.content} for message in messages]
+        rendered = self.tokenizer.apply_chat_template(
+            chat, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+        )
+        return list(rendered["input_ids"])
+
+
+def _is_text(prompt: Sequence[Message]) -> bool:
+    return len(prompt) == 1 and prompt[0].role == "text"

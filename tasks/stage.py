@@ -1,0 +1,239 @@
+"""What every stage shares: its command line, its errors, its outputs written aside, its records, its locks.
+
+A stage module declares `Params` (its section of params.yaml), `Paths` (what it reads and writes, as in
+dvc.yaml) and `run(params, paths, stage)`, and ends in `raise SystemExit(main("sft", Params, Paths, run))`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from rankwise.rows import write_json
+from rankwise.types import UserError
+from tasks import params as params_module
+from tasks import tracking
+
+# Outside every DVC output, so that nothing computed is lost when DVC clears an output before a run.
+HOME = Path(os.environ.get("RANKWISE_HOME", ".rankwise"))
+
+
+class Stopped(BaseException):
+    """SIGTERM arrived: finish the step, write a checkpoint, leave. A BaseException, so nothing swallows it."""
+
+
+class Stage:
+    """A running stage: where records, metrics and progress go. Made by main; tests make their own."""
+
+    def __init__(self, name: str, *, tracker: tracking.Tracker, report: Path | None):
+        self.name, self.tracker, self.report = name, tracker, report
+        self.timings: dict[str, float] = {}
+        self._curves: list[dict[str, float]] = []
+
+    def log(self, text: str) -> None:
+        print(f"[{self.name}] {text}", flush=True)
+
+    def record(self, step: int, values: dict[str, float], speeds: dict[str, float] | None = None) -> None:
+        """One point of the curves, at an optimizer step.
+
+        values are results: they go to curves.csv, which DVC hashes, and to the tracker. speeds (tokens/s, …)
+        differ from run to run, so only the tracker sees them.
+        """
+        self._curves.append({"step": step, **values})
+        self.tracker.metrics({**values, **(speeds or {})}, step=step)
+
+    def resume_curves(self, up_to_step: int, points: list[dict[str, float]]) -> None:
+        """After a resume, start from the points that the checkpoint carries."""
+        self._curves = [point for point in points if point["step"] <= up_to_step]
+
+    @property
+    def curves(self) -> list[dict[str, float]]:
+        return list(self._curves)
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Write metrics.json (and curves.csv) into the stage's report folder and tell the tracker."""
+        assert self.report is not None, f"stage {self.name} declares no report path"
+        self.report.mkdir(parents=True, exist_ok=True)
+        if self._curves:
+            _write_csv(self.report / "curves.csv", self._curves)
+        write_json(self.report / "metrics.json", metrics)
+        self.tracker.metrics(_flat_numbers(metrics), step=None)
+        for path in sorted(self.report.iterdir()):
+            self.tracker.file(path)
+
+    def store(self, name: str) -> Path:
+        """The file of a row-keyed store; it outlives every run."""
+        path = HOME / "stores" / f"{name}.sqlite"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def checkpoints(self, key: str) -> Path:
+        """The folder of this stage's checkpoints under one identity of inputs and params."""
+        path = HOME / "checkpoints" / self.name / key
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+@contextlib.contextmanager
+def output_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; it takes path's place, whole, when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any, Stage], None]) -> int:
+    """The command line of a stage; returns the exit status: 0 done, 2 a mistake of the user's, 143 stopped."""
+    arguments = _parse(name, params_type, paths_type, run)
+    paths = paths_type(**{f.name: getattr(arguments, f.name) for f in fields(paths_type)})
+    _leave_with_parent()
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        params = params_module.load(arguments.params, name, params_type)
+        with _only_writer(name):
+            _run_tracked(name, params, paths, run)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(
+            f"error: {error.filename or name}: {error.strerror}; nothing computed so far is lost: "
+            f"mend that and run the same command again",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 2
+    except Stopped:
+        print(f"[{name}] stopped; run the same command again to continue", file=sys.stderr, flush=True)
+        return 143
+    return 0
+
+
+def _run_tracked(name: str, params: Any, paths: Any, run: Callable[[Any, Any, Stage], None]) -> None:
+    began = time.monotonic()
+    with tracking.stage_run(name, asdict(params)) as tracker:
+        stage = Stage(name, tracker=tracker, report=getattr(paths, "report", None))
+        run(params, paths, stage)
+        stage.timings["seconds"] = time.monotonic() - began
+        stage.tracker.metrics({f"time/{k}": v for k, v in stage.timings.items()}, step=None)
+    # Beside the outputs, not in them: seconds differ from run to run and would change DVC's hashes.
+    write_json(HOME / "timings" / f"{name}.json", stage.timings)
+
+
+def _parse(name: str, params_type: type, paths_type: type, run: Callable) -> argparse.Namespace:
+    module_doc = sys.modules[run.__module__].__doc__ or ""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m tasks.{name}",
+        description=module_doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="parameters (section %s of params.yaml):\n%s" % (name, _describe(params_type)),
+    )
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (%(default)s)")
+    for spec in fields(paths_type):
+        parser.add_argument(
+            f"--{spec.name.replace('_', '-')}",
+            dest=spec.name,
+            type=Path,
+            default=spec.default,
+            help="path (%(default)s)",
+        )
+    return parser.parse_args()
+
+
+def _describe(params_type: type, indent: str = "  ") -> str:
+    lines = []
+    for spec in fields(params_type):
+        default = params_module.default_of(spec)
+        doc = spec.metadata["doc"]
+        if hasattr(default, "__dataclass_fields__"):
+            lines += [f"{indent}{spec.name}: {doc}", _describe(type(default), indent + "  ")]
+        else:
+            lines.append(f"{indent}{spec.name:<22} {doc} (default: {default})")
+    return "\n".join(lines).replace("%", "%%")
+
+
+@contextlib.contextmanager
+def _only_writer(name: str) -> Iterator[None]:
+    """One process at a time writes a stage's outputs; the kernel frees the lock however its holder dies."""
+    path = HOME / "locks" / f"{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as handle:
+        # Ranks of one launch share the work: only the first takes the lock.
+        if int(os.environ.get("RANK", "0")) == 0:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                handle.seek(0)
+                raise UserError(
+                    f"stage {name} is already being run here by process {handle.read().strip() or '?'}; "
+                    "wait for it, or stop it, then run this again"
+                ) from None
+            handle.truncate(0)
+            handle.write(str(os.getpid()))
+            handle.flush()
+        yield
+
+
+def _leave_with_parent() -> None:
+    """Started by DVC, get SIGTERM when DVC dies: an orphan would go on writing beside its successor."""
+    if "DVC_STAGE" in os.environ and sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _stop(*_: object) -> None:
+    raise Stopped
+
+
+def _write_csv(path: Path, points: list[dict[str, float]]) -> None:
+    columns = list(dict.fromkeys(key for point in points for key in point))
+    with open(path, "w", encoding="utf-8", newline="") as handle:
+        writer = csv.DictWriter(handle, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(points)
+
+
+def _flat_numbers(value: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            flat |= _flat_numbers(item, f"{prefix}{key}/")
+        elif isinstance(item, (int, float)):
+            flat[f"{prefix}{key}"] = float(item)
+    return flat
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file that a stage wrote; raises UserError where it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run the stage that makes it first (dvc repro shows which)") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: not JSON ({error.msg}); rebuild it with the stage that makes it"
+        ) from None
