@@ -30,9 +30,14 @@ class TokenRow:
     cut_tokens: int = 0  # tokens lost to the length limit, prompt and answers together
 
     @property
-    def tokens(self) -> int:
-        """Token positions that this row computes: prompt once, plus every answer."""
-        return len(self.prompt_ids) + sum(map(len, self.answers_ids))
+    def positions(self) -> int:
+        """Positions that this row computes: its prompt once, and each answer but its last token, which predicts none."""
+        return len(self.prompt_ids) + sum(len(answer) - 1 for answer in self.answers_ids)
+
+    @property
+    def longest_path(self) -> int:
+        """Positions from the first prompt token to the end of the longest answer."""
+        return len(self.prompt_ids) + max((len(answer) - 1 for answer in self.answers_ids), default=0)
 
 
 class Renderer:

@@ -1,0 +1,181 @@
+"""Token rows to tensors and back: prompts once with their answers beside them, in batches of a token budget.
+
+Three questions, three functions: which rows make an optimizer step (epochs of shuffled rows), how a step is cut into
+micro-batches that fit in memory (by token budget, sorted by length), and how rows lie in a tensor (shared or padded).
+None of them changes the result: the loss is a mean over prompts, whatever the cut.
+
+Letters: R rows of the tensor, L positions, N answer tokens, A answers, B prompts, K answers a prompt.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from rankwise.rendering import TokenRow
+
+PROMPT = -1  # the answer number of a prompt's own tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows as tensors. A tensor row may hold several prompt trees; positions know which tree and answer they are."""
+
+    ids: tuple[str, ...]  # [B] row ids, in the caller's order
+    input_ids: Tensor  # [R, L] int64
+    position_ids: Tensor  # [R, L] int64; every answer continues from its prompt's end
+    tree: Tensor  # [R, L] int64: which prompt a position belongs to; -1 is padding
+    branch: Tensor  # [R, L] int64: which answer a position belongs to; PROMPT for the prompt's own
+    is_tree: bool  # False: plain causal rows, where an ordinary 2-D padding mask says it all
+    source_index: Tensor  # [N] flat index into R·L of the position that predicts each answer token
+    target_ids: Tensor  # [N] the answer tokens
+    answer_index: Tensor  # [N] which of the A answers a token belongs to
+    answer_rows: Tensor  # [A] which of the B prompts an answer belongs to
+    answer_slots: Tensor  # [A] its place among that prompt's answers, 0 first
+    answer_tokens: Tensor  # [A] its length in tokens
+    ranks_BK: Tensor | None  # [B, K] equal numbers tie; None when every ranking is strict
+    mask_BK: Tensor  # [B, K] True where an answer exists
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)})
+
+    def attention_mask(self) -> Tensor:
+        """[R, 1, L, L] bool, True = may attend: own prompt and own answer, not later; or [R, L] for plain rows."""
+        if not self.is_tree:
+            return (self.tree >= 0).long()
+        same_tree = self.tree[:, :, None] == self.tree[:, None, :]
+        to_prompt = self.branch[:, None, :] == PROMPT
+        same_branch = self.branch[:, :, None] == self.branch[:, None, :]
+        length = self.input_ids.shape[1]
+        earlier = torch.ones(length, length, dtype=torch.bool, device=self.tree.device).tril()
+        return (same_tree & (to_prompt | same_branch) & earlier)[:, None]
+
+    def by_prompt(self, values_A: Tensor) -> Tensor:
+        """[A] values as [B, K], zero where no answer exists; differentiable."""
+        grid = torch.zeros(self.mask_BK.shape, dtype=values_A.dtype, device=values_A.device)
+        return grid.index_put((self.answer_rows, self.answer_slots), values_A)
+
+    @property
+    def padding_fraction(self) -> float:
+        """Share of computed positions that hold no token."""
+        return float((self.tree < 0).float().mean())
+
+
+def shared_rows(rows: Sequence[TokenRow], pad_id: int) -> Batch:
+    """Each prompt once, its answers beside it; several trees to a tensor row, packed first-fit by length."""
+    capacity = max(row.positions for row in rows)
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda i: -rows[i].positions):
+        place = next((b for b, left in enumerate(room) if left >= rows[index].positions), None)
+        if place is None:
+            bins.append([])
+            room.append(capacity)
+            place = len(bins) - 1
+        bins[place].append(index)
+        room[place] -= rows[index].positions
+    layout = _Layout(len(bins), capacity, pad_id)
+    for r, members in enumerate(bins):
+        for index in members:
+            layout.add_tree(r, index, rows[index].prompt_ids, list(enumerate(rows[index].answers_ids)))
+    return layout.batch(rows, is_tree=True)
+
+
+def padded_rows(rows: Sequence[TokenRow], pad_id: int) -> Batch:
+    """Every answer in a tensor row of its own behind a copy of its prompt, padded on the right."""
+    longest = max(row.longest_path for row in rows)
+    layout = _Layout(sum(len(row.answers_ids) for row in rows), longest, pad_id)
+    r = 0
+    for index, row in enumerate(rows):
+        for slot, answer in enumerate(row.answers_ids):
+            layout.add_tree(r, index, row.prompt_ids, [(slot, answer)])
+            r += 1
+    return layout.batch(rows, is_tree=False)
+
+
+class _Layout:
+    """Fills a batch's tensors, one prompt tree at a time."""
+
+    def __init__(self, rows: int, length: int, pad_id: int):
+        self.input_ids = torch.full((rows, length), pad_id)
+        self.position_ids = torch.zeros((rows, length), dtype=torch.int64)
+        self.tree = torch.full((rows, length), -1)
+        self.branch = torch.full((rows, length), PROMPT)
+        self.length = length
+        self.filled = [0] * rows
+        self.source: list[tuple[int, int, list[int], list[int]]] = []  # (prompt, slot, sources, targets)
+
+    def add_tree(self, r: int, index: int, prompt: Sequence[int], answers: list[tuple[int, Sequence[int]]]) -> None:
+        self._put(r, index, PROMPT, prompt, position=0)
+        prompt_end = r * self.length + self.filled[r] - 1
+        for slot, answer in answers:
+            start = r * self.length + self.filled[r]
+            sources = [prompt_end, *range(start, start + len(answer) - 1)]
+            self.source.append((index, slot, sources[: len(answer)], list(answer)))
+            # The last token predicts nothing, so it is a target only.
+            self._put(r, index, slot, answer[:-1], position=len(prompt))
+
+    def _put(self, r: int, index: int, branch: int, ids: Sequence[int], *, position: int) -> None:
+        start, end = self.filled[r], self.filled[r] + len(ids)
+        self.input_ids[r, start:end] = torch.tensor(ids, dtype=torch.int64)
+        self.position_ids[r, start:end] = torch.arange(position, position + len(ids))
+        self.tree[r, start:end] = index
+        self.branch[r, start:end] = branch
+        self.filled[r] = end
+
+    def batch(self, rows: Sequence[TokenRow], *, is_tree: bool) -> Batch:
+        self.source.sort(key=lambda item: item[:2])
+        width = max(len(row.answers_ids) for row in rows)
+        mask = torch.tensor([[k < len(row.answers_ids) for k in range(width)] for row in rows])
+        return Batch(
+            ids=tuple(row.id for row in rows),
+            input_ids=self.input_ids,
+            position_ids=self.position_ids,
+            tree=self.tree,
+            branch=self.branch,
+            is_tree=is_tree,
+            source_index=torch.tensor([i for item in self.source for i in item[2]], dtype=torch.int64),
+            target_ids=torch.tensor([i for item in self.source for i in item[3]], dtype=torch.int64),
+            answer_index=torch.tensor([a for a, item in enumerate(self.source) for _ in item[3]], dtype=torch.int64),
+            answer_rows=torch.tensor([item[0] for item in self.source]),
+            answer_slots=torch.tensor([item[1] for item in self.source]),
+            answer_tokens=torch.tensor([len(item[3]) for item in self.source]),
+            ranks_BK=_ranks(rows, width),
+            mask_BK=mask,
+        )
+
+
+def _ranks(rows: Sequence[TokenRow], width: int) -> Tensor | None:
+    if all(len(set(row.ranks)) == len(row.ranks) for row in rows):
+        return None
+    return torch.tensor([[*row.ranks, *range(10**6, 10**6 + width - len(row.ranks))] for row in rows])
+
+
+def steps(count: int, *, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
+    """Row numbers of each optimizer step: every epoch a new shuffle, a last short step keeps every row."""
+    for epoch in range(epochs):
+        order = list(range(count))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        for start in range(0, count, batch_size):
+            yield order[start : start + batch_size]
+
+
+def micro_batches(rows: Sequence[TokenRow], *, max_tokens: int) -> list[list[TokenRow]]:
+    """Cut rows into parts of at most max_tokens positions, alike in length within a part.
+
+    A row longer than the budget makes a part of its own.
+    """
+    parts: list[list[TokenRow]] = []
+    used = 0
+    for row in sorted(rows, key=lambda row: (row.positions, row.id)):
+        used += row.positions
+        if not parts or used > max_tokens:
+            parts.append([])
+            used = row.positions
+        parts[-1].append(row)
+    return parts

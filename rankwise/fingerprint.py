@@ -1,0 +1,46 @@
+"""Identities: a short hash of exactly the bytes that a result depends on.
+
+Keys of the row stores are built from these, so a hit under other weights, another tokenizer or another setting is
+impossible. Nothing here depends on a path, a time or a machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+CHUNK_BYTES = 1 << 20
+WEIGHT_FILES = ("*.safetensors", "config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+
+def digest(*parts: Any) -> str:
+    """Hash of JSON-able parts, 32 hex digits (128 bits); lists and tuples are alike, dicts ignore order."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def file_digest(path: Path) -> str:
+    """Hash of a file's bytes."""
+    hasher = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(CHUNK_BYTES):
+            hasher.update(chunk)
+    return hasher.hexdigest()[:32]
+
+
+def weights_digest(folder: Path) -> str:
+    """Identity of a model folder's weights and architecture; renaming the folder changes nothing."""
+    return _files_digest(folder, WEIGHT_FILES)
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Identity of a model folder's tokenizer and chat template."""
+    return _files_digest(folder, TOKENIZER_FILES)
+
+
+def _files_digest(folder: Path, patterns: tuple[str, ...]) -> str:
+    files = sorted({path for pattern in patterns for path in Path(folder).glob(pattern)})
+    return digest([(path.name, file_digest(path)) for path in files])

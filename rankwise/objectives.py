@@ -1,0 +1,151 @@
+"""The objective: Plackett-Luce DPO over K ranked answers (E6); K = 2 is DPO. Pure functions of tensors.
+
+Shapes: B prompts, K answers at most (ragged rows are padded, mask_BK says which answers exist).
+Answers come best first. Everything is computed in the dtype given, statistics in float32 at least.
+
+References
+    E5  Rafailov et al. 2023, "Direct Preference Optimization", eq. 7           https://arxiv.org/abs/2305.18290
+    E6  the same, appendix A.3 (Plackett-Luce)
+    IPO Azar et al. 2023, eq. 17                                                https://arxiv.org/abs/2310.12036
+    label smoothing: Mitchell 2023, "A note on DPO with noisy preferences" (conservative DPO)
+    Davidson-Luce: Turner et al. 2020, "Modelling rankings in R: the PlackettLuce package", eq. 4
+                                                                                https://arxiv.org/abs/1810.12068
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Loss = Literal["plackett_luce", "ipo"]
+
+
+def implicit_rewards(policy_logp_BK: Tensor, reference_logp_BK: Tensor, beta: float) -> Tensor:
+    """s_k = β (log π_θ(y_k|x) − log π_ref(y_k|x)), nats; up to a per-prompt constant, the reward (E3)."""
+    return beta * (policy_logp_BK - reference_logp_BK)
+
+
+def preference_loss(
+    s_BK: Tensor,
+    mask_BK: Tensor,
+    ranks_BK: Tensor | None = None,
+    *,
+    loss: Loss = "plackett_luce",
+    label_smoothing: float = 0.0,
+    beta: float = 1.0,
+) -> Tensor:
+    """The loss of each prompt, [B]; the one entry for every method.
+
+    Args:
+        s_BK: implicit rewards (or a reward model's scores), best answer first.
+        mask_BK: True where an answer exists; each row needs at least two.
+        ranks_BK: int, equal numbers are ties; None means the order is strict.
+        loss: "plackett_luce" (E6) or "ipo" (needs beta, the scale already inside s_BK).
+        label_smoothing: ε, the probability that a ranking is the wrong way round.
+    """
+    if loss == "ipo":
+        return ipo(s_BK / beta, mask_BK, ranks_BK, tau=beta)
+    loss_B = plackett_luce(s_BK, mask_BK, ranks_BK)
+    if label_smoothing:
+        loss_B = (1 - label_smoothing) * loss_B + label_smoothing * plackett_luce(*_reversed(s_BK, mask_BK, ranks_BK))
+    return loss_B
+
+
+def plackett_luce(s_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None = None) -> Tensor:
+    """−log P(order), E6: Σ_k [ logsumexp_{j≥k} s_j − s_k ], [B].
+
+    K = 2 is computed as −log σ(s_1 − s_2), the very expression of DPO (E5), so the two are equal bit for bit.
+    Tied answers form a group. Its members are not compared with one another: each is chosen among itself and the
+    answers of later groups (a composite likelihood: exact for a tie at the bottom, and no tie parameter to tune).
+    """
+    s_BK = s_BK if s_BK.dtype == torch.float64 else s_BK.float()
+    if s_BK.shape[1] == 2 and ranks_BK is None:
+        return -F.logsigmoid(s_BK[:, 0] - s_BK[:, 1])
+    if ranks_BK is None:
+        ranks_BK = torch.arange(s_BK.shape[1], device=s_BK.device).expand_as(s_BK)
+    own_BKK = torch.eye(s_BK.shape[1], dtype=torch.bool, device=s_BK.device)
+    later_BKK = ranks_BK[:, None, :] > ranks_BK[:, :, None]
+    # Its own rival even where no answer exists: an empty logsumexp would give NaN gradients.
+    rivals_BKK = (later_BKK & mask_BK[:, None, :]) | own_BKK
+    # Differences first: a constant added to a row's rewards cancels exactly, and ±1e4 stays finite.
+    gaps_BKK = s_BK[:, None, :] - s_BK[:, :, None]
+    stage_BK = torch.logsumexp(gaps_BKK.masked_fill(~rivals_BKK, -math.inf), dim=-1)
+    return stage_BK.masked_fill(~mask_BK, 0.0).sum(-1)
+
+
+def davidson_luce(s_K: Tensor, ranks_K: Tensor, log_ties_D: Tensor) -> Tensor:
+    """−log P of one ranking with ties under the Davidson-Luce model, a scalar; D = 1 is Plackett-Luce.
+
+    A set S of the remaining answers is placed next with weight δ_|S| · (Π_{i∈S} exp s_i)^{1/|S|}. log_ties_D holds
+    log δ_1 = 0, log δ_2, …: how likely a tie of each size is. Judges' strengths are fitted with it; the number of
+    sets grows as K^D, so it is for the pairs and small groups of a judge, not for training.
+    """
+    left = list(range(s_K.shape[0]))
+    terms = []
+    for rank in torch.unique(ranks_K, sorted=True).tolist():
+        placed = [k for k in left if ranks_K[k] == rank]
+        sets = [c for size in range(1, len(log_ties_D) + 1) for c in itertools.combinations(left, size)]
+        weights = torch.stack([log_ties_D[len(c) - 1] + s_K[list(c)].mean() for c in sets])
+        terms.append(torch.logsumexp(weights, 0) - log_ties_D[len(placed) - 1] - s_K[placed].mean())
+        left = [k for k in left if k not in placed]
+    return torch.stack(terms).sum()
+
+
+def ipo(h_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None, *, tau: float) -> Tensor:
+    """Identity preference optimisation: mean over ranked pairs of (h_i − h_j − 1/(2τ))², [B].
+
+    h is the log-ratio log π_θ/π_ref without β. The square keeps a margin finite where preferences are certain.
+    """
+    better_BKK = _pairs(mask_BK, ranks_BK)
+    gaps_BKK = h_BK[:, :, None] - h_BK[:, None, :]
+    squared_BKK = (gaps_BKK - 1 / (2 * tau)).square() * better_BKK
+    return squared_BKK.sum((1, 2)) / better_BKK.sum((1, 2)).clamp(min=1)
+
+
+def loss_at_start(mask_BK: Tensor, ranks_BK: Tensor | None = None) -> Tensor:
+    """The Plackett-Luce loss of equal rewards, [B]: log K! for a strict ranking. Every run starts here."""
+    return plackett_luce(torch.zeros(mask_BK.shape, device=mask_BK.device), mask_BK, ranks_BK)
+
+
+def ranking_accuracy(s_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None = None) -> Tensor:
+    """Share of a prompt's ranked pairs that the rewards order rightly, equal rewards count one half, [B]."""
+    better_BKK = _pairs(mask_BK, ranks_BK)
+    gaps_BKK = s_BK[:, :, None] - s_BK[:, None, :]
+    right_BKK = (gaps_BKK > 0).float() + 0.5 * (gaps_BKK == 0).float()
+    return (right_BKK * better_BKK).sum((1, 2)) / better_BKK.sum((1, 2)).clamp(min=1)
+
+
+def margin(s_BK: Tensor, mask_BK: Tensor) -> Tensor:
+    """Reward of the best answer minus the mean reward of the others, [B]; at K = 2 DPO's margin."""
+    others_BK = mask_BK.clone()
+    others_BK[:, 0] = False
+    return s_BK[:, 0] - (s_BK * others_BK).sum(1) / others_BK.sum(1).clamp(min=1)
+
+
+def sft_loss(logp_BK: Tensor, tokens_BK: Tensor, mask_BK: Tensor) -> Tensor:
+    """−Σ log π(y|x) of a row, [B] (E11). Divide the sum over rows by the sum of tokens for the token mean."""
+    assert logp_BK.shape == tokens_BK.shape
+    return -(logp_BK * mask_BK).sum(1)
+
+
+def length_normalised(logp_BK: Tensor, tokens_BK: Tensor) -> Tensor:
+    """Log-probability per token; with it in place of the sum, β weighs answers of all lengths alike."""
+    return logp_BK / tokens_BK.clamp(min=1)
+
+
+def _pairs(mask_BK: Tensor, ranks_BK: Tensor | None) -> Tensor:
+    if ranks_BK is None:
+        ranks_BK = torch.arange(mask_BK.shape[1], device=mask_BK.device).expand_as(mask_BK)
+    both_BKK = mask_BK[:, :, None] & mask_BK[:, None, :]
+    return (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & both_BKK
+
+
+def _reversed(s_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same rows worst first; existing answers stay at the front of no row in particular: the mask moves along."""
+    ranks_BK = None if ranks_BK is None else (ranks_BK.amax(1, keepdim=True) - ranks_BK).flip(1)
+    return s_BK.flip(1), mask_BK.flip(1), ranks_BK

@@ -1,0 +1,134 @@
+"""log π(y|x) of every answer of a batch, by a causal LM: the one function for SFT, the reference, training,
+evaluation and the local judge, so that a number computed by one stage equals the same number in another.
+
+Hidden states are gathered at answer-predicting positions only; rankwise.logprobs does the rest.
+
+Letters: R rows of the tensor, L positions, N answer tokens, A answers, H hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rankwise.batching import Batch, padded_rows, shared_rows
+from rankwise.logprobs import token_logps
+from rankwise.rendering import TokenRow
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerLogps:
+    """Log-probabilities of a batch's answers, [A], in the order of Batch.answer_rows."""
+
+    sum_A: Tensor  # Σ log π(token), nats, float32; the end-of-sequence token included
+    tokens_A: Tensor  # number of tokens summed, int64
+
+
+class LogpModel(nn.Module):
+    """A causal LM as a function from a batch of token rows to the log-probabilities of their answers.
+
+    layout "shared" computes a prompt once and its K answers beside it, under a tree mask; "padded" computes every
+    answer in a row of its own and works with any model. Left at "auto", the model itself decides: a small batch
+    is scored both ways, and where they differ the padded layout is used and the log says so.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, layout: str = "auto"):
+        super().__init__()
+        self.model = model
+        self.layout = layout if layout != "auto" else ("shared" if _shares_prompts(model) else "padded")
+        if self.layout == "padded" and layout == "auto":
+            log.warning(
+                "%s cannot share a prompt among its answers; rows are padded instead", type(_plain(model)).__name__
+            )
+
+    def batch(self, rows: list[TokenRow], pad_id: int) -> Batch:
+        """Lay rows out the way that this model can take."""
+        window = _window(_plain(self.model))
+        shared = self.layout == "shared" and (window is None or max(row.longest_path for row in rows) <= window)
+        return shared_rows(rows, pad_id) if shared else padded_rows(rows, pad_id)
+
+    def forward(self, batch: Batch) -> AnswerLogps:
+        """Log-probabilities of a batch's answers; under autocast hidden states may be bf16, sums are float32."""
+        plain = _plain(self.model)
+        hidden_RLH = _backbone(plain)(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask(),
+            use_cache=False,
+        ).last_hidden_state
+        hidden_NH = hidden_RLH.flatten(0, 1)[batch.source_index]
+        head = plain.get_output_embeddings()
+        softcap = getattr(plain.config, "final_logit_softcapping", None) or 0.0
+        scale = _head_scale(plain)
+        logp_N = token_logps(
+            hidden_NH * scale if scale != 1 else hidden_NH, head.weight, head.bias, batch.target_ids, softcap=softcap
+        )
+        sum_A = torch.zeros(len(batch.answer_rows), dtype=logp_N.dtype, device=logp_N.device)
+        return AnswerLogps(sum_A=sum_A.index_add(0, batch.answer_index, logp_N), tokens_A=batch.answer_tokens)
+
+
+def _plain(model: nn.Module) -> PreTrainedModel:
+    # peft puts its adapters inside the base model's own modules, so the base model carries them.
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _backbone(model: PreTrainedModel) -> nn.Module:
+    return getattr(model, model.base_model_prefix)
+
+
+def _head_scale(model: PreTrainedModel) -> float:
+    # Granite divides its logits, Cohere multiplies them; a factor on the hidden states is the same thing.
+    config = model.config
+    if getattr(config, "logits_scaling", None):
+        return 1 / config.logits_scaling
+    return getattr(config, "logit_scale", None) or 1.0
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    """The sliding attention window in tokens; a longer path needs the model's own mask, so padded rows."""
+    config = model.config
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+@torch.no_grad()
+def _shares_prompts(model: PreTrainedModel) -> bool:
+    """Score a small batch in the shared layout and one answer at a time through the model's own logits."""
+    plain = _plain(model)
+    vocabulary = plain.config.get_text_config().vocab_size
+    ids = torch.arange(1, 24) * 7919 % max(vocabulary - 1, 1) + 1
+    ids = [int(i) % vocabulary for i in ids]
+    rows = [
+        TokenRow(id="probe-1", prompt_ids=tuple(ids[:5]), answers_ids=(tuple(ids[5:9]), tuple(ids[9:15]))),
+        TokenRow(id="probe-2", prompt_ids=tuple(ids[15:18]), answers_ids=(tuple(ids[18:20]), tuple(ids[20:23]))),
+    ]
+    device = next(plain.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        shared = LogpModel(model, layout="shared")(shared_rows(rows, 0).to(device)).sum_A
+    except Exception as error:
+        # Any refusal of a 4-D mask or of position ids means the same thing: this model cannot take the layout.
+        log.info("shared layout refused: %s", error)
+        return False
+    finally:
+        model.train(was_training)
+    model.eval()
+    alone = torch.stack([_one_by_one(plain, row.prompt_ids, answer) for row in rows for answer in row.answers_ids])
+    model.train(was_training)
+    per_token = 1e-4 if next(plain.parameters()).dtype in (torch.float32, torch.float64) else 5e-2
+    return bool(torch.allclose(shared.float(), alone.float(), rtol=0, atol=per_token * 6))
+
+
+def _one_by_one(model: PreTrainedModel, prompt_ids: tuple[int, ...], answer_ids: tuple[int, ...]) -> Tensor:
+    whole = torch.tensor([[*prompt_ids, *answer_ids]], device=next(model.parameters()).device)
+    logits = model(input_ids=whole, use_cache=False).logits[0].float()
+    picked = logits[len(prompt_ids) - 1 : -1].log_softmax(-1)
+    return picked.gather(1, whole[0, len(prompt_ids) :, None]).sum()

@@ -1,0 +1,74 @@
+"""Row-keyed store: what was costly to compute, kept row by row, so that a rerun pays only for what is missing.
+
+One SQLite file: committed rows survive a kill at any moment, several processes may fill it at once, memory stays flat.
+A key is a fingerprint of everything that the value depends on; the first value written under a key stays.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rankwise.types import UserError
+
+BUSY_TIMEOUT_S = 60
+LOOKUP = 500  # keys a query; SQLite's limit on variables was 999 for long
+
+
+class Store:
+    """A mapping from fingerprints to JSON values on disk.
+
+    Example:
+        with Store(path) as store:
+            missing = [key for key in keys if key not in store.get_many(keys)]
+            store.put_many({key: compute(key) for key in missing})
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS rows (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
+            )
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"{self.path}: not usable as a row store ({error}); if the file is damaged, move it away: "
+                "its rows will be computed again"
+            ) from error
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+
+    def __len__(self) -> int:
+        return self._db.execute("SELECT count(*) FROM rows").fetchone()[0]
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
+        """The values of those keys that are there."""
+        found: dict[str, Any] = {}
+        for part in _parts(list(keys), LOOKUP):
+            marks = ",".join("?" * len(part))
+            query = f"SELECT key, value FROM rows WHERE key IN ({marks})"
+            found.update((key, json.loads(value)) for key, value in self._db.execute(query, part))
+        return found
+
+    def put_many(self, rows: Mapping[str, Any]) -> None:
+        """Add rows in one transaction; on return they survive a kill. A key already there keeps its value."""
+        with self._db:
+            self._db.executemany(
+                "INSERT OR IGNORE INTO rows VALUES (?, ?)",
+                [(key, json.dumps(value, ensure_ascii=False)) for key, value in rows.items()],
+            )
+
+
+def _parts(items: list, size: int) -> Iterator[list]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
