@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -22,10 +23,29 @@ PROMPT = -1  # the answer number of a prompt's own tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Rows as tensors. A tensor row may hold several prompt trees; positions know which tree and answer they are."""
+class AnswerBatch:
+    """What every batch of answers knows: whose answers they are, and how they rank."""
 
     ids: tuple[str, ...]  # [B] row ids, in the caller's order
+    answer_rows: Tensor  # [A] which of the B prompts an answer belongs to
+    answer_slots: Tensor  # [A] its place among that prompt's answers, 0 first
+    ranks_BK: Tensor | None  # [B, K] equal numbers tie; None when every ranking is strict
+    mask_BK: Tensor  # [B, K] True where an answer exists
+
+    def to(self, device: torch.device | str) -> Self:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)})
+
+    def by_prompt(self, values_A: Tensor) -> Tensor:
+        """[A] values as [B, K], zero where no answer exists; differentiable."""
+        grid = torch.zeros(self.mask_BK.shape, dtype=values_A.dtype, device=values_A.device)
+        return grid.index_put((self.answer_rows, self.answer_slots), values_A)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(AnswerBatch):
+    """Rows as tensors. A tensor row may hold several prompt trees; positions know which tree and answer they are."""
+
     input_ids: Tensor  # [R, L] int64
     position_ids: Tensor  # [R, L] int64; every answer continues from its prompt's end
     tree: Tensor  # [R, L] int64: which prompt a position belongs to; -1 is padding
@@ -34,15 +54,7 @@ class Batch:
     source_index: Tensor  # [N] flat index into R·L of the position that predicts each answer token
     target_ids: Tensor  # [N] the answer tokens
     answer_index: Tensor  # [N] which of the A answers a token belongs to
-    answer_rows: Tensor  # [A] which of the B prompts an answer belongs to
-    answer_slots: Tensor  # [A] its place among that prompt's answers, 0 first
     answer_tokens: Tensor  # [A] its length in tokens
-    ranks_BK: Tensor | None  # [B, K] equal numbers tie; None when every ranking is strict
-    mask_BK: Tensor  # [B, K] True where an answer exists
-
-    def to(self, device: torch.device | str) -> Batch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)})
 
     def attention_mask(self) -> Tensor:
         """[R, 1, L, L] bool, True = may attend: own prompt and own answer, not later; or [R, L] for plain rows."""
@@ -54,11 +66,6 @@ class Batch:
         length = self.input_ids.shape[1]
         earlier = torch.ones(length, length, dtype=torch.bool, device=self.tree.device).tril()
         return (same_tree & (to_prompt | same_branch) & earlier)[:, None]
-
-    def by_prompt(self, values_A: Tensor) -> Tensor:
-        """[A] values as [B, K], zero where no answer exists; differentiable."""
-        grid = torch.zeros(self.mask_BK.shape, dtype=values_A.dtype, device=values_A.device)
-        return grid.index_put((self.answer_rows, self.answer_slots), values_A)
 
     @property
     def padding_fraction(self) -> float:
@@ -130,8 +137,7 @@ class _Layout:
 
     def batch(self, rows: Sequence[TokenRow], *, is_tree: bool) -> Batch:
         self.source.sort(key=lambda item: item[:2])
-        width = max(len(row.answers_ids) for row in rows)
-        mask = torch.tensor([[k < len(row.answers_ids) for k in range(width)] for row in rows])
+        mask_BK, ranks_BK = answer_grid(rows)
         return Batch(
             ids=tuple(row.id for row in rows),
             input_ids=self.input_ids,
@@ -145,15 +151,18 @@ class _Layout:
             answer_rows=torch.tensor([item[0] for item in self.source]),
             answer_slots=torch.tensor([item[1] for item in self.source]),
             answer_tokens=torch.tensor([len(item[3]) for item in self.source]),
-            ranks_BK=_ranks(rows, width),
-            mask_BK=mask,
+            ranks_BK=ranks_BK,
+            mask_BK=mask_BK,
         )
 
 
-def _ranks(rows: Sequence[TokenRow], width: int) -> Tensor | None:
+def answer_grid(rows: Sequence[TokenRow]) -> tuple[Tensor, Tensor | None]:
+    """Which answers exist, [B, K], and their ranks, [B, K], or None when no two are tied."""
+    width = max(len(row.answers_ids) for row in rows)
+    mask_BK = torch.tensor([[k < len(row.answers_ids) for k in range(width)] for row in rows])
     if all(len(set(row.ranks)) == len(row.ranks) for row in rows):
-        return None
-    return torch.tensor([[*row.ranks, *range(10**6, 10**6 + width - len(row.ranks))] for row in rows])
+        return mask_BK, None
+    return mask_BK, torch.tensor([[*row.ranks, *[10**6] * (width - len(row.ranks))] for row in rows])
 
 
 def steps(count: int, *, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:

@@ -31,7 +31,7 @@ class TokenRow:
 
     @property
     def positions(self) -> int:
-        """Positions that this row computes: its prompt once, and each answer but its last token, which predicts none."""
+        """Positions that this row computes: the prompt, and each answer but its last token, which predicts none."""
         return len(self.prompt_ids) + sum(len(answer) - 1 for answer in self.answers_ids)
 
     @property

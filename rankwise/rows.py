@@ -5,6 +5,7 @@ Files are written aside and renamed, so a killed writer leaves the old table or 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -44,7 +45,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> int:
     Raises UserError on a repeated id: a table is keyed by it.
     """
     ordered = sorted(rows, key=lambda row: row.id)
-    for before, after in zip(ordered, ordered[1:]):
+    for before, after in itertools.pairwise(ordered):
         if before.id == after.id:
             raise UserError(f"{path}: id {after.id!r} occurs twice; ids must be unique within a table")
     records = [{**asdict(row), "meta": json.dumps(row.meta, sort_keys=True, ensure_ascii=False)} for row in ordered]

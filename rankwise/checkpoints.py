@@ -1,0 +1,163 @@
+"""Models on disk: load, save, precision. Safetensors only, no remote code, no pickle.
+
+A model folder is an ordinary Hugging Face folder with its tokenizer beside the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from rankwise.types import UserError
+
+# The library's bar for loading a handful of tensors says nothing that a log needs.
+transformers_logging.disable_progress_bar()
+
+# fp32: exact. medium: fp32 tensors, matmuls multiplied in bf16 where the CPU or GPU can, summed in fp32.
+# bf16: autocast, the usual choice on a GPU.
+Precision = Literal["fp32", "medium", "bf16"]
+
+
+def device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def numerics(precision: Precision, where: torch.device) -> Iterator[None]:
+    """Run a block in a precision; the reference and the policy must run in the same one."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if precision == "medium" else "highest")
+    try:
+        with torch.autocast(where.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder or hub id; raises UserError where there is none or it has no EOS."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder}: no usable tokenizer ({_first_line(error)}); a tokenizer.json is expected"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{folder}: the tokenizer has no EOS token, so no answer could ever end; "
+            "name one (eos_token) in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def load_causal_lm(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal LM in float32 master weights; raises UserError where it cannot be used, saying why."""
+    return _load(AutoModelForCausalLM, folder, trust_remote_code=trust_remote_code)
+
+
+def load_reward_model(folder: str | Path) -> PreTrainedModel:
+    """A sequence classifier with one output, the scalar reward."""
+    model = _load(AutoModelForSequenceClassification, folder)
+    if model.config.num_labels != 1:
+        raise UserError(
+            f"{folder}: a reward model has one output, this one has {model.config.num_labels} "
+            f"({type(model).__name__}); give a checkpoint with num_labels = 1"
+        )
+    return model
+
+
+def new_reward_model(folder: str | Path, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
+    """A causal LM's body with a fresh scalar head, which starts at zero so that every answer starts equal."""
+    torch.manual_seed(seed)
+    model = _load(AutoModelForSequenceClassification, folder, num_labels=1)
+    nn.init.zeros_(model.score.weight)
+    model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return model
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, where: object) -> None:
+    """Raise UserError when the tokenizer can make ids that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"{where}: the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}; "
+            "they do not belong together: use the tokenizer that came with the model"
+        )
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model folder that transformers.from_pretrained loads; adapters are merged into the weights."""
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Dropout off: preference learning compares two passes of one model, and noise in them is not signal."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout"):
+        if isinstance(getattr(model.config, name, None), float):
+            setattr(model.config, name, 0.0)
+    return model
+
+
+def save_state(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+    """Tensors and JSON-able notes in one safetensors file (the caller renames it into place)."""
+    packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(packed, path, metadata={"notes": json.dumps(notes)})
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What save_state wrote; raises UserError on a damaged file."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as handle:
+            notes = json.loads((handle.metadata() or {}).get("notes", "{}"))
+        return load_file(path), notes
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({error}); delete it and run again") from error
+
+
+def _load(auto: type, folder: str | Path, *, trust_remote_code: bool = False, **overrides: Any) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **overrides)
+        model = auto.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{folder}: not a usable model ({_first_line(error)}); "
+            "a Hugging Face folder or hub id with config.json and *.safetensors is expected "
+            "(weights in .bin files are pickles and are refused: convert them to safetensors)"
+        ) from error
+    return without_dropout(model)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

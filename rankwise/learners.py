@@ -1,0 +1,145 @@
+"""What a model learns from a batch: SFT, preferences, or a reward; three small learners for one training loop.
+
+Each names its module (what runs under autograd, and what distributed wrappers wrap), lays rows out, and turns
+the module's output into one loss a row. All ranking losses are objectives.preference_loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.batching import Batch
+from rankwise.objectives import (
+    Loss,
+    implicit_rewards,
+    length_normalised,
+    margin,
+    preference_loss,
+    ranking_accuracy,
+    sft_loss,
+)
+from rankwise.rendering import TokenRow
+from rankwise.rewards import RewardModel, ScoreBatch
+from rankwise.scoring import AnswerLogps, LogpModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowLosses:
+    """What a batch's rows lost, [B] each, in the batch's order."""
+
+    ids: tuple[str, ...]
+    loss_B: Tensor
+    stats: Mapping[str, Tensor]  # name -> [B], for the records; averaged over prompts
+
+
+class Learner(Protocol):
+    """What the training loop needs to know."""
+
+    module: nn.Module
+
+    def collate(self, rows: list[TokenRow]) -> Any: ...
+
+    def weight(self, row: TokenRow) -> float:
+        """How much a row counts in the mean: tokens for SFT, one a prompt for preferences."""
+
+    def losses(self, output: Any, batch: Any) -> RowLosses: ...
+
+
+class SftLearner:
+    """Supervised fine-tuning on answers (E11): the token mean of −log π(y|x)."""
+
+    def __init__(self, model: LogpModel, pad_id: int):
+        self.module, self._pad_id = model, pad_id
+
+    def collate(self, rows: list[TokenRow]) -> Batch:
+        return self.module.batch(rows, self._pad_id)
+
+    def weight(self, row: TokenRow) -> float:
+        return float(sum(map(len, row.answers_ids)))
+
+    def losses(self, output: AnswerLogps, batch: Batch) -> RowLosses:
+        logp_BK, tokens_BK = batch.by_prompt(output.sum_A), batch.by_prompt(output.tokens_A)
+        return RowLosses(ids=batch.ids, loss_B=sft_loss(logp_BK, tokens_BK, batch.mask_BK), stats={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceSettings:
+    """How log-ratios become a loss."""
+
+    beta: float = 0.1  # strength of the KL term; higher keeps the policy closer to the reference
+    loss: Loss = "plackett_luce"
+    label_smoothing: float = 0.0  # probability that a ranking is the wrong way round
+    length_normalised: bool = False  # log-ratios per token instead of per answer
+
+
+class PreferenceLearner:
+    """Plackett-Luce DPO (E6) against stored reference log-probabilities; K = 2 is DPO (E5)."""
+
+    def __init__(
+        self, model: LogpModel, pad_id: int, references: Mapping[str, Sequence[float]], settings: PreferenceSettings
+    ):
+        self.module, self._pad_id = model, pad_id
+        self._references, self._settings = references, settings
+
+    def collate(self, rows: list[TokenRow]) -> Batch:
+        return self.module.batch(rows, self._pad_id)
+
+    def weight(self, row: TokenRow) -> float:
+        return 1.0
+
+    def losses(self, output: AnswerLogps, batch: Batch) -> RowLosses:
+        policy_BK, reference_BK = batch.by_prompt(output.sum_A), self.reference_logps(batch)
+        ratio_BK = policy_BK - reference_BK
+        if self._settings.length_normalised:
+            ratio_BK = length_normalised(ratio_BK, batch.by_prompt(output.tokens_A))
+        s_BK = implicit_rewards(ratio_BK, torch.zeros_like(ratio_BK), self._settings.beta)
+        loss_B = preference_loss(
+            s_BK,
+            batch.mask_BK,
+            batch.ranks_BK,
+            loss=self._settings.loss,
+            label_smoothing=self._settings.label_smoothing,
+            beta=self._settings.beta,
+        )
+        return RowLosses(ids=batch.ids, loss_B=loss_B, stats=self._stats(s_BK.detach(), ratio_BK.detach(), batch))
+
+    def reference_logps(self, batch: Batch) -> Tensor:
+        """[B, K] float32 reference log-probabilities, zero where no answer exists."""
+        width, device = batch.mask_BK.shape[1], batch.mask_BK.device
+        padded = [[*self._references[i], *[0.0] * (width - len(self._references[i]))] for i in batch.ids]
+        return torch.tensor(padded, dtype=torch.float32, device=device)
+
+    def _stats(self, s_BK: Tensor, ratio_BK: Tensor, batch: Batch) -> dict[str, Tensor]:
+        last_B1 = batch.mask_BK.sum(1, keepdim=True) - 1
+        return {
+            "margin": margin(s_BK, batch.mask_BK),
+            "accuracy": ranking_accuracy(s_BK, batch.mask_BK, batch.ranks_BK),
+            "chosen_logp_change": ratio_BK[:, 0],
+            "rejected_logp_change": ratio_BK.gather(1, last_B1)[:, 0],
+        }
+
+
+class RewardLearner:
+    """A reward model from ranked answers: Bradley-Terry (E4) at K = 2, Plackett-Luce above."""
+
+    def __init__(self, model: RewardModel, pad_id: int):
+        self.module, self._pad_id = model, pad_id
+
+    def collate(self, rows: list[TokenRow]) -> ScoreBatch:
+        return self.module.batch(rows, self._pad_id)
+
+    def weight(self, row: TokenRow) -> float:
+        return 1.0
+
+    def losses(self, output: Tensor, batch: ScoreBatch) -> RowLosses:
+        score_BK = batch.by_prompt(output)
+        stats = {
+            "margin": margin(score_BK.detach(), batch.mask_BK),
+            "accuracy": ranking_accuracy(score_BK.detach(), batch.mask_BK, batch.ranks_BK),
+        }
+        return RowLosses(ids=batch.ids, loss_B=preference_loss(score_BK, batch.mask_BK, batch.ranks_BK), stats=stats)
