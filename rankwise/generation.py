@@ -1,8 +1,8 @@
 """The embedded engine: K sampled answers a prompt from any Hugging Face causal LM, plain torch, no server.
 
 Each prompt is run once and its cache is shared out to its K answers. Answers that end leave the batch. Every answer
-draws from a stream of its own, seeded by (seed, prompt id, round, k): the same answer comes out whatever the batch size,
-the order, or a restart in between, as long as the numerics of the model's forward pass are the same.
+draws from a stream of its own, seeded by (seed, prompt id, round, k): the same answer comes out whatever the batch
+size, the order, or a restart in between, as long as the numerics of the model's forward pass are the same.
 """
 
 from __future__ import annotations

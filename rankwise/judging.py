@@ -12,7 +12,7 @@ import inspect
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -23,12 +23,15 @@ from transformers import PreTrainedTokenizerBase
 from rankwise.batching import micro_batches
 from rankwise.checkpoints import Precision, device, load_causal_lm, load_reward_model, load_tokenizer, numerics
 from rankwise.fingerprint import digest, file_digest, tokenizer_digest, weights_digest
+from rankwise.progress import Progress
 from rankwise.rendering import Renderer, TokenRow
 from rankwise.rewards import RewardModel
 from rankwise.scoring import LogpModel
+from rankwise.store import Store
 from rankwise.types import Answer, Message, Row, UserError, show_prompt
 
 VERDICTS = ("A", "B")
+COMMIT_REPLIES = 64  # replies lost at most when killed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +65,19 @@ class Judge(Protocol):
 
 
 class CallableJudge:
-    """A Python function (prompt text, answer text) -> score, named "module:function"; for verifiable tasks."""
+    """A Python function (prompt text, answer text) -> score, named "module:function"; for verifiable tasks.
+
+    Its identity is its file's bytes; a function that depends on more (a fitted model, a data file) says so in an
+    attribute `identity`, a function without arguments that returns a string.
+    """
 
     pairwise = False
 
     def __init__(self, name: str):
         self._score = _import(name)
         source = Path(inspect.getsourcefile(self._score))
-        self.identity = digest("callable", name, file_digest(source))
+        more = getattr(self._score, "identity", str)()
+        self.identity = digest("callable", name, file_digest(source), more)
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
         for index, question in enumerate(questions):
@@ -139,6 +147,31 @@ class LocalModelJudge:
             rendered = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
             return list(rendered["input_ids"])
         return list(self._tokenizer(f"{self._rubric}\n\n{block}\n\nVerdict:")["input_ids"])
+
+
+def judge_rows(
+    judge: Judge, rows: Sequence[Row], store: Store, *, what: str = "verdicts"
+) -> tuple[list[tuple[Question, Reply]], int]:
+    """Every question that ranks the rows' answers, with its reply, in order; and how many were asked now.
+
+    Replies are kept as they come: killed anywhere, a rerun asks only what is missing.
+    """
+    questions = questions_of(rows, pairwise=judge.pairwise)
+    keys = [key_of(judge.identity, question) for question in questions]
+    found = store.get_many(keys)
+    wanted = {key: question for key, question in zip(keys, questions) if key not in found}
+    with Progress(what, total=len(set(keys)), unit="verdict", done=len(set(keys)) - len(wanted)) as progress:
+        fresh: dict[str, dict] = {}
+        names = list(wanted)
+        for index, reply in judge.ask(list(wanted.values())):
+            fresh[names[index]] = asdict(reply)
+            progress.advance(1)
+            if len(fresh) >= COMMIT_REPLIES:
+                store.put_many(fresh)
+                fresh = {}
+        store.put_many(fresh)
+    found = store.get_many(keys)
+    return [(question, Reply(**found[key])) for key, question in zip(keys, questions)], len(wanted)
 
 
 def questions_of(rows: Sequence[Row], *, pairwise: bool) -> list[Question]:

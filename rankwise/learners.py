@@ -121,6 +121,8 @@ class PreferenceLearner:
             "accuracy": ranking_accuracy(s_BK, batch.mask_BK, batch.ranks_BK),
             "chosen_logp_change": ratio_BK[:, 0],
             "rejected_logp_change": ratio_BK.gather(1, last_B1)[:, 0],
+            # E_{y~π_ref} log(π_ref/π): a KL where the answers were drawn from the reference, as rollouts are
+            "kl_from_reference": -(ratio_BK * batch.mask_BK).sum(1) / batch.mask_BK.sum(1),
         }
 
 

@@ -43,7 +43,7 @@ def log_odds(replies: Sequence[tuple[int, int | None, float]], count: int) -> tu
 
 
 def rank(row: Row, replies: Sequence[tuple[int, int | None, float]], *, tie_below: float) -> Judged:
-    """Order a row's answers by their summed preference; neighbours closer than tie_below (nats) are a tie.
+    """Order a row's answers by their summed preference; neighbours at most tie_below apart (nats) are a tie.
 
     Strength is the mean log-odds against the other answers, itself included: for scores, the score minus its mean.
     """
@@ -58,7 +58,7 @@ def rank(row: Row, replies: Sequence[tuple[int, int | None, float]], *, tie_belo
     for position, n in enumerate(order):
         gap = odds[order[position - 1], n] if position else np.inf
         gap = strengths[order[position - 1]] - strengths[n] if np.isnan(gap) else gap
-        if position and not abs(gap) < tie_below:
+        if position and abs(gap) > tie_below:
             place = position
         ranks.append(place)
     answers = tuple(
@@ -91,5 +91,5 @@ def _compared(odds_KK: np.ndarray, i: int) -> bool:
 
 
 def _has_circle(odds: np.ndarray, tie_below: float) -> bool:
-    beats = (np.nan_to_num(odds) >= max(tie_below, 1e-12)).astype(int)
+    beats = (np.nan_to_num(odds) > tie_below).astype(int)
     return bool(np.trace(beats @ beats @ beats) > 0)

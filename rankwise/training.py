@@ -204,7 +204,8 @@ class _Run:
         sums.add(result, keep=keep, padding=batch.padding_fraction)
 
     def _blame(self, members: list[TokenRow], sums: _Sums, norm: float) -> str:
-        bad = [row_id for row_id, loss in sums.losses.items() if not math.isfinite(loss)] or [r.id for r in members]
+        bad = [row_id for row_id, loss in sums.losses.items() if not math.isfinite(loss)]
+        bad = bad or [row.id for row in members]
         return (
             f"{self.what}: loss or gradient is not finite at step {self.done + 1} (gradient norm {norm}); "
             f"rows: {', '.join(bad[:10])}{' …' if len(bad) > 10 else ''} ({len(bad)} in all). The weights of step "

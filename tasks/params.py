@@ -88,6 +88,9 @@ def default_of(spec: Field) -> Any:
 def _check(hint: Any, value: Any, spec: Field, *, where: str) -> Any:
     if is_dataclass(hint):
         return build(hint, value, where=where)
+    nested = next((option for option in typing.get_args(hint) if is_dataclass(option)), None)
+    if nested is not None:
+        return None if value is None else build(nested, value, where=where)
     if not _fits(hint, value):
         raise UserError(f"{where}: {_spell(hint)} was expected, found {value!r}{_exponent_hint(hint, value)}")
     if hint is float and isinstance(value, int):

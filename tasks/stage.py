@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.rows import write_json
+from rankwise.runtime import keep_freed_memory
 from rankwise.types import UserError
 from tasks import params as params_module
 from tasks import tracking
@@ -43,17 +44,22 @@ class Stage:
         self.name, self.tracker, self.report = name, tracker, report
         self.timings: dict[str, float] = {}
         self._curves: list[dict[str, float]] = []
+        if report is not None:
+            report.mkdir(parents=True, exist_ok=True)
 
     def log(self, text: str) -> None:
         print(f"[{self.name}] {text}", flush=True)
 
     def record(self, step: int, values: dict[str, float], speeds: dict[str, float] | None = None) -> None:
-        """One point of the curves, at an optimizer step.
+        """One point of the curves, at an optimizer step; a second call for the same step adds to it.
 
         values are results: they go to curves.csv, which DVC hashes, and to the tracker. speeds (tokens/s, …)
         differ from run to run, so only the tracker sees them.
         """
-        self._curves.append({"step": step, **values})
+        if self._curves and self._curves[-1]["step"] == step:
+            self._curves[-1] |= values
+        else:
+            self._curves.append({"step": step, **values})
         self.tracker.metrics({**values, **(speeds or {})}, step=step)
 
     def resume_curves(self, up_to_step: int, points: list[dict[str, float]]) -> None:
@@ -65,9 +71,8 @@ class Stage:
         return list(self._curves)
 
     def finish(self, metrics: dict[str, Any]) -> None:
-        """Write metrics.json (and curves.csv) into the stage's report folder and tell the tracker."""
+        """Write metrics.json (and curves.csv) into the stage's report folder; tell the tracker, plots included."""
         assert self.report is not None, f"stage {self.name} declares no report path"
-        self.report.mkdir(parents=True, exist_ok=True)
         if self._curves:
             _write_csv(self.report / "curves.csv", self._curves)
         write_json(self.report / "metrics.json", metrics)
@@ -109,6 +114,7 @@ def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any
     arguments = _parse(name, params_type, paths_type, run)
     paths = paths_type(**{f.name: getattr(arguments, f.name) for f in fields(paths_type)})
     _leave_with_parent()
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, _stop)
     try:
         params = params_module.load(arguments.params, name, params_type)
@@ -150,7 +156,7 @@ def _parse(name: str, params_type: type, paths_type: type, run: Callable) -> arg
         prog=f"python -m tasks.{name}",
         description=module_doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="parameters (section %s of params.yaml):\n%s" % (name, _describe(params_type)),
+        epilog=f"parameters (section {name} of params.yaml):\n{_describe(params_type)}".replace("%", "%%"),
     )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (%(default)s)")
     for spec in fields(paths_type):
@@ -173,7 +179,7 @@ def _describe(params_type: type, indent: str = "  ") -> str:
             lines += [f"{indent}{spec.name}: {doc}", _describe(type(default), indent + "  ")]
         else:
             lines.append(f"{indent}{spec.name:<22} {doc} (default: {default})")
-    return "\n".join(lines).replace("%", "%%")
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager
@@ -206,6 +212,8 @@ def _leave_with_parent() -> None:
 
 
 def _stop(*_: object) -> None:
+    # Two may come, the group's and the kernel's when DVC dies: the second must not cut the clean-up of the first.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Stopped
 
 

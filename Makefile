@@ -1,0 +1,46 @@
+# The project's commands; `make` alone lists them. The environment is made at the first one and again when
+# pyproject.toml or constraints.txt changes. Nothing here needs it to be activated.
+#
+#   make run RECIPE=recipes/hh.yaml DATA=/path/to/hh TARGET=dpo
+#   make test PYTEST_ARGS='-k flow'
+#   make run PYTHON=python3.12
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+
+FLOW_ARGS := $(if $(TARGET),--target $(TARGET)) $(if $(FORCE),--force $(FORCE)) \
+             $(if $(RECIPE),--recipe $(RECIPE)) $(if $(DATA),--data $(DATA))
+AGAIN     := make run$(if $(TARGET), TARGET=$(TARGET))$(if $(FORCE), FORCE=$(FORCE))$(if $(RECIPE), RECIPE=$(RECIPE))$(if $(DATA), DATA="$(DATA)")
+
+.DEFAULT_GOAL := help
+.PHONY: help run repro test mlflow prefect environment
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+run: $(READY) ## run the whole pipeline as a Prefect flow; ends with a table (TARGET=, FORCE=, RECIPE=, DATA=)
+	@RANKWISE_AGAIN='$(AGAIN)' $(BIN)/python -m flows.align $(FLOW_ARGS)
+
+repro: $(READY) ## the same stages by DVC alone, without Prefect
+	@PATH="$(abspath $(BIN)):$$PATH" dvc repro $(TARGET)
+
+test: $(READY) ## the tests that take seconds; PYTEST_ARGS='-m "slow or not slow"' for all
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+mlflow: $(READY) ## show training runs and models in MLflow's page
+	@$(BIN)/python -m tasks.tracking ui
+
+prefect: $(READY) ## show flow runs in Prefect's page, on http://127.0.0.1:4200
+	@$(BIN)/python -m flows.server
+
+environment: $(READY) ## make the environment and no more
+
+# The stamp is written last, so an installation that broke off is done again.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the environment into $(VENV) (minutes, once)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,146 @@
+"""The command line of the flow: a Prefect server where none is configured, the run, and its last words.
+
+The last words of a run that failed are the stage, the reason and the command to continue; see flows/align.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from flows import graph, server, summary
+from flows.summary import Outcome
+from rankwise.types import UserError
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def main(align: Any, prepare: Callable[..., list[graph.Node]], doc: str, arguments: list[str] | None = None) -> int:
+    """Run the flow `align` as a command; returns the exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    given = _parse(doc, words)
+    again = os.environ.get("RANKWISE_AGAIN") or shlex.join(["python", "-m", "flows.align", *words])
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        nodes = prepare(given["target"], given["recipe"], given["data"], given["force"])
+        return _run(align, given, nodes, again)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, _Terminated) as stop:
+        print(f"stopped; what was computed is kept. Continue with: {again}", file=sys.stderr)
+        return 130 if isinstance(stop, KeyboardInterrupt) else 143
+
+
+def _parse(doc: str, words: list[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.align", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", metavar="STAGE", help="run up to this stage (default: all stages)")
+    parser.add_argument("--recipe", metavar="FILE", help="a params file to use instead of the present params.yaml")
+    parser.add_argument("--data", metavar="PATH", nargs="+", help="files or folders that the recipe reads")
+    parser.add_argument("--force", metavar="STAGE", action="append", help="run this stage although nothing changed")
+    parser.add_argument("--record", action="store_true", help="make a Prefect run even if every stage is up to date")
+    return vars(parser.parse_args(words))
+
+
+def _run(align: Any, given: dict[str, Any], nodes: list[graph.Node], again: str) -> int:
+    record = given.pop("record")
+    url = _configured() or server.kept_open()
+    if url is None and not record and not given["force"] and graph.stale(node.name for node in nodes) == {}:
+        # Nothing would run, and a server would cost more than the look at the files.
+        outcomes = [Outcome(stage=node.name, state="cached", note="didn't change") for node in nodes]
+        print("every stage is up to date (`dvc status`): nothing ran, no Prefect run was made (--record makes one)")
+        summary.show(outcomes, prefect="make prefect (earlier runs)")
+        return 0
+    own = None
+    if url is None:
+        began = time.monotonic()
+        print("starting a Prefect server for this run ...", flush=True)
+        own = server.Server(server.free_port(server.DEFAULT_PORT), lean=True)
+    try:
+        if own is not None:
+            own.wait()
+            url = own.url
+            print(f"Prefect answers at {url.removesuffix('/api')} after {time.monotonic() - began:.1f} s", flush=True)
+        return _run_at(url, align, given, again, kept=own is None)
+    finally:
+        if own is not None:
+            own.stop()
+
+
+def _run_at(url: str, align: Any, given: dict[str, Any], again: str, *, kept: bool) -> int:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: url}):
+        try:
+            state = align(**given, return_state=True)
+        except BaseException:
+            _send_the_rest()
+            time.sleep(0 if kept else 1)  # our server stores the last states before it goes
+            raise
+        _send_the_rest()
+        told = state.result(raise_on_failure=False)
+        outcomes = [Outcome(**one) for one in told] if isinstance(told, list) else []
+        run_id = state.state_details.flow_run_id
+        if not kept:
+            _let_settle(run_id, sum(outcome.state != "not run" for outcome in outcomes))
+    page = f"/runs/flow-run/{run_id}"
+    where = url.removesuffix("/api") + page if kept else f"make prefect, then http://127.0.0.1:4200{page}"
+    if outcomes:
+        summary.show(outcomes, prefect=where)
+    if state.is_completed():
+        return 0
+    bad = next((outcome for outcome in outcomes if outcome.state == "failed"), None)
+    print(f"\nerror: {state.message}", file=sys.stderr)
+    if bad is not None:
+        print(
+            f"continue with: {again}   (finished stages are cached; that stage alone: dvc repro -s {bad.stage})",
+            file=sys.stderr,
+        )
+    return 2 if (bad.status == 2 if bad else state.name == "Mistake") else 1
+
+
+def _configured() -> str | None:
+    """The API address that the environment or the active Prefect profile sets."""
+    from prefect.settings import get_current_settings
+
+    return get_current_settings().api.url
+
+
+def _let_settle(flow_run_id: Any, tasks: int) -> None:
+    """Before our server goes: task runs are stored, which it does some time after they end, from events."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    only = FlowRunFilter.model_validate({"id": {"any_": [flow_run_id]}})
+    with get_client(sync_client=True) as client:
+        stored = server.wait_until_recorded(
+            lambda: [run.state for run in client.read_task_runs(flow_run_filter=only)], tasks
+        )
+    if not stored:
+        print("warning: the Prefect server did not store every task run in time", file=sys.stderr)
+
+
+def _send_the_rest() -> None:
+    """Send logs and events that still wait here, so that nothing comes after our last words.
+
+    Without a server to take them they would also hold up our exit, for a minute.
+    """
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (APILogWorker, EventsWorker):
+        worker.drain_all(timeout=5, at_exit=False)
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated

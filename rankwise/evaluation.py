@@ -1,0 +1,98 @@
+"""What a policy is worth: means with confidence intervals, win rates, KL to the reference, diversity, E1.
+
+All functions take plain numbers, one a prompt unless said otherwise, and know nothing of models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+Z95 = 1.959963984540054  # two-sided 95 % of a normal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean and its 95 % confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """Mean over prompts, normal interval; raises ValueError on no values."""
+    array = np.asarray(values, dtype=np.float64)
+    if not len(array):
+        raise ValueError("a mean of no values was asked for")
+    half = Z95 * array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else 0.0
+    centre = float(array.mean())
+    return Estimate(mean=centre, low=centre - half, high=centre + half)
+
+
+def share(successes: float, count: int) -> Estimate:
+    """A proportion with Wilson's score interval, which stays inside [0, 1]; a tie may count one half."""
+    if count <= 0:
+        raise ValueError("a share of nothing was asked for")
+    p, z2 = successes / count, Z95**2
+    centre = (p + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z95 * math.sqrt(p * (1 - p) / count + z2 / (4 * count**2)) / (1 + z2 / count)
+    return Estimate(mean=p, low=max(0.0, centre - half), high=min(1.0, centre + half))
+
+
+def win_rate(policy: Sequence[float], reference: Sequence[float], *, tie_below: float = 0.0) -> Estimate:
+    """Share of prompts where the policy's answer scores higher; at most tie_below apart counts one half."""
+    gaps = np.asarray(policy, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
+    wins = float((gaps > tie_below).sum() + 0.5 * (np.abs(gaps) <= tie_below).sum())
+    return share(wins, len(gaps))
+
+
+def length_controlled_win_rate(
+    policy: Sequence[float], reference: Sequence[float], policy_words: Sequence[int], reference_words: Sequence[int]
+) -> float:
+    """Win rate at equal length: the intercept of a logistic fit of wins on the standardised length difference.
+
+    Dubois et al. 2024, "Length-Controlled AlpacaEval" (https://arxiv.org/abs/2404.04475), without the model and
+    instruction terms, which one pair of models does not need.
+    """
+    gaps = np.asarray(policy, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
+    won = (gaps > 0) + 0.5 * (gaps == 0)
+    longer = np.asarray(policy_words, dtype=np.float64) - np.asarray(reference_words, dtype=np.float64)
+    x = np.tanh(longer / (longer.std() or 1.0))
+    design = np.stack([np.ones_like(x), x], axis=1)
+    weights = np.zeros(2)
+    ridge = 1e-3 * np.eye(2)  # keeps the fit finite when one side wins everything
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-design @ weights))
+        gradient = design.T @ (won - p) - ridge @ weights
+        hessian = (design * (p * (1 - p))[:, None]).T @ design + ridge
+        weights += np.clip(np.linalg.solve(hessian, gradient), -5, 5)
+    return float(1 / (1 + np.exp(-weights[0])))
+
+
+def distinct_n(texts: Sequence[str], n: int, *, words: int | None = None) -> float:
+    """Different n-grams over all n-grams of whitespace words, pooled over texts; 1 is no repetition at all.
+
+    The ratio falls as text gets longer, so compare sets cut to the same number of words a text.
+    """
+    grams = [tuple(parts[i : i + n]) for parts in (t.split()[:words] for t in texts) for i in range(len(parts) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def objective(reward: float, kl: float, beta: float) -> float:
+    """E1: mean reward minus β KL(π‖π_ref), in the reward's units."""
+    return reward - beta * kl
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Pearson's r; 0 where one side does not vary."""
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if len(a) < 2 or not a.std() or not b.std():
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])

@@ -1,0 +1,179 @@
+"""Stage dpo: the policy learns the rankings against the stored reference (E6; K = 2 is DPO).
+
+It starts from the reference's own weights, so its loss starts at log K!; a run that does not is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rankwise.fingerprint import file_digest, tokenizer_digest, weights_digest
+from rankwise.rows import read_rows, read_table
+from rankwise.types import UserError
+from tasks.params import param
+from tasks.stage import Stage, main, output_folder
+from tasks.training import LoraParams, TrainingParams, drop_checkpoints, fit, with_adapters
+
+if TYPE_CHECKING:
+    from rankwise.learners import PreferenceLearner
+    from rankwise.rendering import TokenRow
+
+START_ROWS = 64  # rows on which "policy = reference" is checked before the first step
+# Largest difference a token, nats, that numerics alone explain; another reference differs by far more.
+START_TOLERANCE = {"fp32": 2e-4, "medium": 5e-3, "bf16": 5e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params(TrainingParams):
+    beta: float = param(0.1, "strength of the KL term; higher keeps the policy closer to the reference", gt=0)
+    loss: Literal["plackett_luce", "ipo"] = param("plackett_luce", "plackett_luce: E6, DPO at K = 2; ipo: squared")
+    label_smoothing: float = param(0.0, "probability that a ranking is the wrong way round", ge=0, le=0.5)
+    length_normalised: bool = param(False, "log-ratios per token instead of per answer")
+    epochs: int = param(2, "passes over the ranked rows", ge=1)
+    learning_rate: float = param(5e-4, "peak learning rate of AdamW", gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = param("linear", "how the learning rate falls after warm-up")
+    lora: LoraParams = param(LoraParams, "adapters instead of all weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    preferences: Path = Path("data/preferences.parquet")
+    reference: Path = Path("data/reference_logprobs.parquet")
+    sft: Path = Path("models/sft")
+    policy: Path = Path("models/policy")
+    report: Path = Path("reports/dpo")
+
+
+def run(params: Params, paths: Paths, stage: Stage) -> None:
+    from rankwise.checkpoints import device, load_causal_lm, load_tokenizer, save_model
+    from rankwise.learners import PreferenceLearner, PreferenceSettings
+    from rankwise.scoring import LogpModel
+    from tasks.plots import training_curves
+
+    tokenizer = load_tokenizer(paths.sft)
+    rows, held_out, references = _load(params, paths, tokenizer)
+    module = LogpModel(with_adapters(load_causal_lm(paths.sft), params.lora)).to(device())
+    settings = PreferenceSettings(
+        beta=params.beta,
+        loss=params.loss,
+        label_smoothing=params.label_smoothing,
+        length_normalised=params.length_normalised,
+    )
+    learner = PreferenceLearner(module, 0, references, settings)
+    start = _check_start(learner, rows, params)
+    stage.log(f"loss at the start {start['loss']:.6f}, expected {start['expected']:.6f} (log K! averaged over rows)")
+    identity = [weights_digest(paths.sft), tokenizer_digest(paths.sft), file_digest(paths.preferences)]
+    measure = lambda: _measure(learner, held_out, params, prefix="held_out_") if held_out else {}
+    fit(stage, learner, rows, params, identity=identity, on_epoch=measure)
+    with output_folder(paths.policy) as folder:
+        save_model(module.model, tokenizer, folder)
+    last = stage.curves[-1]
+    stage.tracker.dataset(paths.preferences, "preferences")
+    stage.tracker.tags({"reference_weights": identity[0]})
+    training_curves(stage.curves, paths.report / "curves.png", start_loss=start["expected"])
+    stage.finish(
+        {
+            "rows": len(rows),
+            "held_out_rows": len(held_out),
+            "beta": params.beta,
+            "start_loss": start["loss"],
+            "start_loss_expected": start["expected"],
+            **{
+                name: last[name]
+                for name in ("loss", "margin", "accuracy", "chosen_logp_change", "rejected_logp_change")
+            },
+            **measure(),
+        }
+    )
+    drop_checkpoints(stage, params, identity)
+
+
+def _load(params: Params, paths: Paths, tokenizer) -> tuple[list[TokenRow], list[TokenRow], dict[str, list[float]]]:
+    """Training rows, held-out rows, and each row's reference log-probabilities, checked to be of these very rows."""
+    from rankwise.reference import key_of
+    from rankwise.rendering import Renderer
+
+    table = read_table(paths.reference)
+    meta = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    weights = weights_digest(paths.sft)
+    if meta.get("reference") != weights:
+        raise UserError(
+            f"{paths.reference}: its log-probabilities are of weights {meta.get('reference')}, but {paths.sft} holds "
+            f"{weights}; run stage reference_logprobs again (dvc repro dpo does)"
+        )
+    if meta["precision"] != params.precision:
+        raise UserError(
+            f"dpo.precision is {params.precision!r}, the reference was computed in {meta['precision']!r}; their "
+            "difference would be noise in every margin: set both alike"
+        )
+    # The same limits as the reference pass had, or the keys below would not be those of the same tokens.
+    limits = {name: int(meta[name]) for name in ("max_prompt_tokens", "max_answer_tokens")}
+    renderer = Renderer(tokenizer, **limits)
+    table_rows = read_rows(paths.preferences)
+    rendered = {row.id: renderer.render(row) for row in table_rows}
+    known = {record["id"]: record for record in table.select(["id", "key", "logps"]).to_pylist()}
+    wrong = [
+        row.id
+        for row in rendered.values()
+        if row.id not in known or known[row.id]["key"] != key_of(row, weights=weights, precision=params.precision)
+    ]
+    if wrong:
+        raise UserError(
+            f"{paths.reference}: {len(wrong)} of {len(rendered)} rows have no reference log-probability for their "
+            f"tokens: {', '.join(wrong[:10])}{' …' if len(wrong) > 10 else ''}; run stage reference_logprobs again"
+        )
+    split = {row.id: row.meta.get("split", "train") for row in table_rows}
+    training = [row for row in rendered.values() if split[row.id] == "train"]
+    held_out = [row for row in rendered.values() if split[row.id] == "held_out"]
+    return training, held_out, {row_id: record["logps"] for row_id, record in known.items()}
+
+
+def _check_start(learner: PreferenceLearner, rows: list[TokenRow], params: Params) -> dict[str, float]:
+    """Loss before the first step; raises UserError where the policy is not the reference."""
+    import torch
+
+    from rankwise.batching import micro_batches
+    from rankwise.checkpoints import device, numerics
+    from rankwise.objectives import loss_at_start
+
+    loss = expected = worst = 0.0
+    some = rows[:START_ROWS]
+    learner.module.eval()
+    with torch.inference_mode(), numerics(params.precision, device()):
+        for part in micro_batches(some, max_tokens=params.micro_batch_tokens):
+            batch = learner.collate(part).to(device())
+            output = learner.module(batch)
+            gap_BK = (batch.by_prompt(output.sum_A) - learner.reference_logps(batch)).abs()
+            worst = max(worst, float((gap_BK / batch.by_prompt(output.tokens_A).clamp(min=1)).max()))
+            loss += float(learner.losses(output, batch).loss_B.sum())
+            expected += float(loss_at_start(batch.mask_BK, batch.ranks_BK).sum())
+    if not worst <= START_TOLERANCE[params.precision]:
+        raise UserError(
+            f"the policy is not its reference at step 0: log-probabilities differ by up to {worst:.2g} nats a token "
+            f"(numerics explain {START_TOLERANCE[params.precision]:.0e}); the reference pass saw other weights, another "
+            "tokenizer or another precision. Delete data/reference_logprobs.parquet and run dvc repro dpo"
+        )
+    return {"loss": loss / len(some), "expected": expected / len(some)}
+
+
+def _measure(learner: PreferenceLearner, rows: list[TokenRow], params: Params, *, prefix: str) -> dict[str, float]:
+    """Means of loss and stats over rows that are not trained on."""
+    import torch
+
+    from rankwise.batching import micro_batches
+    from rankwise.checkpoints import device, numerics
+
+    sums: dict[str, float] = {}
+    with torch.inference_mode(), numerics(params.precision, device()):
+        for part in micro_batches(rows, max_tokens=params.micro_batch_tokens):
+            batch = learner.collate(part).to(device())
+            result = learner.losses(learner.module(batch), batch)
+            for name, values_B in {"loss": result.loss_B, **result.stats}.items():
+                sums[name] = sums.get(name, 0.0) + float(values_B.double().sum())
+    return {prefix + name: value / len(rows) for name, value in sums.items()}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("dpo", Params, Paths, run))

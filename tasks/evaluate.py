@@ -1,0 +1,244 @@
+"""Stage evaluate: the policy against its reference on held-out prompts: reward, win rate, KL, lengths, diversity.
+
+Both models answer the same prompts with the same seeds. `judge` is the judge that made the training labels; `gold`
+is another one that training never saw (the generator's ground truth on the embedded default).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankwise.rows import read_rows, write_rows
+from rankwise.types import Row, UserError, show_prompt
+from tasks.judges import JudgeParams, make_judge
+from tasks.params import param
+from tasks.rollouts import SamplingParams, request
+from tasks.stage import Stage, main, read_json
+
+if TYPE_CHECKING:
+    from rankwise.evaluation import Estimate
+
+MODELS = ("policy", "reference")
+SAMPLE_ROWS = 100  # rows shown in the tracker, largest changes first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params(SamplingParams):
+    judge: JudgeParams = param(JudgeParams, "the judge that made the labels, as in verdicts")
+    gold: JudgeParams | None = param(
+        lambda: JudgeParams(kind="callable", function="rankwise.corpus:ground_truth"),
+        "a judge that training never saw; null where there is none",
+    )
+    tie_below: float = param(0.0, "scores at most this far apart (log-odds, nats) are a tie", ge=0)
+    seed: int = param(1, "seed of the answers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    prompts: Path = Path("data/prompts")
+    source: Path = Path("data/source")
+    policy: Path = Path("models/policy")
+    sft: Path = Path("models/sft")
+    reward_model: Path = Path("models/reward_model")
+    training: Path = Path("reports/dpo/metrics.json")
+    samples: Path = Path("data/evaluation.parquet")
+    report: Path = Path("reports/evaluate")
+
+
+def run(params: Params, paths: Paths, stage: Stage) -> None:
+    prompts = read_rows(paths.prompts / "eval.parquet")
+    if not prompts:
+        raise UserError(
+            f"{paths.prompts / 'eval.parquet'}: no prompt to evaluate on; name some in prompts.files.eval, or let "
+            "prompts.eval_share keep some back"
+        )
+    answers = _answers(prompts, params, paths, stage)
+    metrics: dict[str, Any] = {"prompts": len(prompts), **_texts(answers), "kl": _kl(answers["policy"], params, paths)}
+    scores = {}
+    for name, judge_params in (("judge", params.judge), ("gold", params.gold)):
+        if judge_params is not None and not _nothing_trained(judge_params, paths):
+            scores[name] = _judge(name, judge_params, answers, paths, stage)
+    for name, judged in scores.items():
+        metrics.setdefault("win_rate", {})[name] = judged.win_rate(params.tie_below).as_dict()
+        metrics |= judged.metrics(name, beta=_beta(paths), kl=metrics["kl"]["mean"])
+    if len(scores) == 2:
+        metrics["judge_agrees_with_gold"] = _agreement(scores["judge"], scores["gold"])
+    training = read_json(paths.training)
+    if "held_out_accuracy" in training:
+        metrics["preference_accuracy"] = training["held_out_accuracy"]
+    metrics["start_loss"] = training["start_loss"]
+    write_rows(paths.samples, _samples(prompts, answers, scores))
+    _show(prompts, answers, scores, metrics, paths, stage)
+    stage.finish(metrics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One judge's view: log-odds that the policy's answer is better, one a prompt; scores where it scores."""
+
+    odds: list[float]
+    scores: dict[str, list[float]] | None  # model -> score a prompt; None for pairwise judges
+
+    def win_rate(self, tie_below: float) -> Estimate:
+        from rankwise.evaluation import win_rate
+
+        return win_rate(self.odds, [0.0] * len(self.odds), tie_below=tie_below)
+
+    def metrics(self, name: str, *, beta: float, kl: float) -> dict[str, Any]:
+        from rankwise.evaluation import mean, objective, share
+
+        if self.scores is None:
+            return {}
+        rewards = {model: mean(values) for model, values in self.scores.items()}
+        found = {
+            "reward" if name == "judge" else "gold_reward": {m: estimate.as_dict() for m, estimate in rewards.items()}
+        }
+        if name == "judge":
+            # E1 of the policy; the reference's own is its reward, its KL being zero.
+            found["objective_e1"] = {
+                "policy": objective(rewards["policy"].mean, kl, beta),
+                "reference": rewards["reference"].mean,
+            }
+        else:
+            found["positive_share"] = {
+                m: share(sum(v > 0 for v in values), len(values)).as_dict() for m, values in self.scores.items()
+            }
+        return found
+
+
+def _answers(prompts: Sequence[Row], params: Params, paths: Paths, stage: Stage) -> dict[str, list[Row]]:
+    from rankwise.rollouts import sample_rows
+    from rankwise.store import Store
+
+    answers = {}
+    with Store(stage.store("rollouts")) as store:
+        for model, folder in zip(MODELS, (paths.policy, paths.sft)):
+            answers[model], _ = sample_rows(prompts, request(folder, params, k=1, source=model), store)
+    return answers
+
+
+def _kl(rows: Sequence[Row], params: Params, paths: Paths) -> dict[str, float]:
+    """KL(π‖π_ref) a sequence, nats: mean of log π − log π_ref over answers drawn from the policy."""
+    from rankwise.evaluation import mean
+
+    policy, reference = (_logps(rows, folder, params) for folder in (paths.policy, paths.sft))
+    tokens = [len(row.answers[0].token_ids) for row in rows]
+    gaps = [p - r for p, r in zip(policy, reference)]
+    return {**mean(gaps).as_dict(), "per_token": sum(gaps) / sum(tokens)}
+
+
+def _logps(rows: Sequence[Row], folder: Path, params: Params) -> list[float]:
+    import torch
+
+    from rankwise.batching import micro_batches
+    from rankwise.checkpoints import device, load_causal_lm, load_tokenizer, numerics
+    from rankwise.rendering import Renderer
+    from rankwise.scoring import LogpModel
+
+    renderer = Renderer(load_tokenizer(folder), max_prompt_tokens=params.max_prompt_tokens)
+    rendered = [renderer.render(row) for row in rows]
+    module = LogpModel(load_causal_lm(folder).to(device())).eval()
+    found: dict[str, float] = {}
+    with torch.inference_mode(), numerics(params.precision, device()):
+        for part in micro_batches(rendered, max_tokens=8192):
+            sums = module(module.batch(part, 0).to(device())).sum_A.tolist()
+            found |= dict(zip((row.id for row in part), sums))
+    return [found[row.id] for row in rows]
+
+
+def _nothing_trained(params: JudgeParams, paths: Paths) -> bool:
+    # An offline recipe may have no judge at all; then the comparison rests on gold and on preference accuracy.
+    return params.kind != "callable" and params.model == "trained" and not (paths.reward_model / "config.json").exists()
+
+
+def _judge(name: str, params: JudgeParams, answers: dict[str, list[Row]], paths: Paths, stage: Stage) -> Judged:
+    from rankwise.judging import judge_rows
+    from rankwise.ranking import log_odds
+    from rankwise.store import Store
+
+    judge = make_judge(params, trained=paths.reward_model, source=paths.source, where=f"evaluate.{name}")
+    pairs = [
+        replace(policy, answers=(policy.answers[0], reference.answers[0]))
+        for policy, reference in zip(answers["policy"], answers["reference"])
+    ]
+    with Store(stage.store("verdicts")) as store:
+        replies, _ = judge_rows(judge, pairs, store, what=f"verdicts of {name}")
+    by_row: dict[str, list[tuple[int, int | None, float]]] = {row.id: [] for row in pairs}
+    for question, reply in replies:
+        by_row[question.row_id].append((question.i, question.j, reply.value))
+    odds = [float(log_odds(by_row[row.id], 2)[0][0, 1]) if by_row[row.id] else 0.0 for row in pairs]
+    scores = None
+    if not judge.pairwise:
+        scores = {m: [by_row[row.id][n][2] for row in pairs] for n, m in enumerate(MODELS)}
+    return Judged(odds=odds, scores=scores)
+
+
+def _texts(answers: dict[str, list[Row]]) -> dict[str, Any]:
+    """Length and diversity of both models' answers; distinct-n over equally many words, or length would decide."""
+    from rankwise.evaluation import distinct_n
+
+    texts = {m: [row.answers[0].text for row in rows] for m, rows in answers.items()}
+    words = {m: [len(text.split()) for text in mine] for m, mine in texts.items()}
+    cut = {m: sum(row.answers[0].finish_reason == "length" for row in rows) / len(rows) for m, rows in answers.items()}
+    common = max(2, min(round(sum(mine) / len(mine)) for mine in words.values()))
+    return {
+        "length": {m: sum(mine) / len(mine) for m, mine in words.items()},
+        "distinct_1": {m: distinct_n(mine, 1, words=common) for m, mine in texts.items()},
+        "distinct_2": {m: distinct_n(mine, 2, words=common) for m, mine in texts.items()},
+        "cut_share": cut,
+    }
+
+
+def _beta(paths: Paths) -> float:
+    return float(read_json(paths.training)["beta"])
+
+
+def _agreement(judge: Judged, gold: Judged) -> dict[str, float]:
+    """How far the training judge agrees with gold: on which answer is better, and in scores."""
+    from rankwise.evaluation import correlation
+
+    decided = [(a, b) for a, b in zip(judge.odds, gold.odds) if a and b]
+    found = {"pairs": sum((a > 0) == (b > 0) for a, b in decided) / max(1, len(decided))}
+    if judge.scores and gold.scores:
+        found["correlation"] = correlation(sum(judge.scores.values(), []), sum(gold.scores.values(), []))
+    return found
+
+
+def _samples(prompts: Sequence[Row], answers: dict[str, list[Row]], scores: dict[str, Judged]) -> list[Row]:
+    """Both answers to every prompt in one row; log-odds of policy over reference in meta."""
+    rows = []
+    for n, prompt in enumerate(prompts):
+        both = tuple(answers[model][n].answers[0] for model in MODELS)
+        odds = {f"{name}_log_odds": judged.odds[n] for name, judged in scores.items()}
+        rows.append(replace(prompt, answers=both, meta={**prompt.meta, **odds}))
+    return rows
+
+
+def _show(prompts, answers, scores: dict[str, Judged], metrics: dict, paths: Paths, stage: Stage) -> None:
+    from tasks import plots
+
+    table = []
+    for n, prompt in enumerate(prompts):
+        record = {"prompt": show_prompt(prompt.prompt)}
+        record |= {model: answers[model][n].answers[0].text for model in reversed(MODELS)}
+        record |= {f"{name}: policy better by": round(judged.odds[n], 3) for name, judged in scores.items()}
+        table.append(record)
+    # The most lost first: what a reviewer wants to see before agreeing.
+    keys = [f"{name}: policy better by" for name in scores]
+    stage.tracker.table("samples", sorted(table, key=lambda r: r[keys[-1]] if keys else 0)[:SAMPLE_ROWS])
+    lengths = {m: [len(row.answers[0].token_ids) for row in rows] for m, rows in answers.items()}
+    plots.length_histogram(lengths["policy"], lengths["reference"], paths.report / "lengths.png")
+    if win_rates := metrics.get("win_rate"):
+        plots.win_rates([{"name": name, **found} for name, found in win_rates.items()], paths.report / "win_rates.png")
+    for name, judged in scores.items():
+        if judged.scores:
+            plots.reward_histogram(
+                judged.scores["policy"], judged.scores["reference"], paths.report / f"{name}_rewards.png"
+            )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("evaluate", Params, Paths, run))

@@ -1,0 +1,247 @@
+"""Figures that stages write beside their metrics: PNG, the same bytes for the same numbers, no display needed.
+
+Blue is the policy and what is preferred, orange the reference and what is refused, in every figure; the two are told
+apart by people with any kind of colour blindness (Okabe and Ito's palette), and by line style in print.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rankwise.rows import write_aside
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B6B6B"
+SIZE = (9.0, 5.6)  # inches, at DPI: 900 x 560 pixels
+DPI = 100
+STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "figure.constrained_layout.use": True,
+}
+
+# A panel of training_curves: title, unit of the y axis, and (column, label, colour, line style) of each line.
+Line = tuple[str, str, str, str]
+PANELS: tuple[tuple[str, str, tuple[Line, ...]], ...] = (
+    ("Loss", "nats", (("loss", "training", BLUE, "-"), ("held_out_loss", "held out", ORANGE, "--"))),
+    ("Reward margin, best against the others", "β · nats", (("margin", "margin", BLUE, "-"),)),
+    (
+        "Answers ranked rightly",
+        "share of pairs",
+        (("accuracy", "training", BLUE, "-"), ("held_out_accuracy", "held out", ORANGE, "--")),
+    ),
+    (
+        "Log-prob against the reference",
+        "nats an answer",
+        (("chosen_logp_change", "chosen", BLUE, "-"), ("rejected_logp_change", "rejected", ORANGE, "--")),
+    ),
+    ("KL to the reference", "nats an answer", (("kl", "KL", BLUE, "-"),)),
+    ("Gradient norm, before clipping", "", (("grad_norm", "norm", GREY, "-"),)),
+)
+MOST_PANELS = 4
+
+
+def training_curves(
+    points: list[dict[str, float]], path: Path, *, title: str = "Training", start_loss: float | None = None
+) -> None:
+    """Loss, margins, accuracy, log-prob changes, KL over optimizer steps: a panel for each that points have, up to 4.
+
+    start_loss (nats): where a preference loss must start, log K! for K answers, drawn as a line.
+    """
+    panels = [panel for panel in PANELS if any(_column(points, line[0])[1] for line in panel[2])][:MOST_PANELS]
+    assert panels, f"no known column in the curves: {sorted({key for point in points for key in point})}"
+    columns = 1 if len(panels) == 1 else 2
+    with _figure(path, title, rows=math.ceil(len(panels) / columns), columns=columns) as axes:
+        for axis, (name, unit, lines) in zip(axes, panels):
+            _curves(axis, points, lines)
+            if name == "Loss" and start_loss is not None:
+                axis.axhline(start_loss, color=GREY, linestyle=":", label=f"start, log K! = {start_loss:.3g}")
+            if "accuracy" in lines[0]:
+                axis.axhline(0.5, color=GREY, linestyle=":", label="chance")
+            axis.set(title=name, ylabel=unit, xlabel="optimizer step")
+            if len(axis.get_legend_handles_labels()[0]) > 1:
+                axis.legend()
+        for axis in axes[len(panels) :]:
+            axis.remove()
+
+
+def reward_histogram(
+    policy: Sequence[float],
+    reference: Sequence[float],
+    path: Path,
+    *,
+    title: str = "Rewards of the policy's answers against the reference's",
+    unit: str = "judge's reward",
+) -> None:
+    """Two distributions of rewards over the same bins, with their means."""
+    _two_histograms(policy, reference, path, title=title, unit=unit, digits=2)
+
+
+def length_histogram(
+    policy: Sequence[float],
+    reference: Sequence[float],
+    path: Path,
+    *,
+    title: str = "Answer lengths: does the policy win by writing more?",
+    unit: str = "tokens an answer",
+) -> None:
+    """Two distributions of answer lengths over the same bins, with their means."""
+    _two_histograms(policy, reference, path, title=title, unit=unit, digits=1)
+
+
+def win_rates(rows: list[dict[str, Any]], path: Path, *, title: str = "Win rate of the policy") -> None:
+    """A point and its confidence interval for each row {"name", "mean", "low", "high"}, against even odds."""
+    with _figure(path, title, height=1.8 + 0.75 * len(rows)) as (axis,):
+        places = range(len(rows) - 1, -1, -1)  # the first row on top
+        for place, row in zip(places, rows):
+            below, above = max(0.0, row["mean"] - row["low"]), max(0.0, row["high"] - row["mean"])
+            colour = BLUE if row["low"] > 0.5 else ORANGE if row["high"] < 0.5 else GREY
+            axis.errorbar(row["mean"], place, xerr=[[below], [above]], fmt="o", color=colour, capsize=5, markersize=8)
+            text = f"{row['mean']:.1%}  [{row['low']:.1%}, {row['high']:.1%}]"
+            middle = min(max(row["mean"], 0.15), 0.85)  # the text stays inside
+            axis.annotate(text, (middle, place), (0, 10), textcoords="offset points", ha="center", color=colour)
+        axis.axvline(0.5, color=GREY, linestyle=":")
+        axis.annotate(
+            "even", (0.5, 1.0), (4, -12), xycoords=("data", "axes fraction"), textcoords="offset points", color=GREY
+        )
+        axis.set(
+            xlim=(0, 1), ylim=(-0.6, len(rows) - 0.3), xlabel="share of comparisons won, ties one half; 95 % interval"
+        )
+        axis.set_yticks(list(places), [row["name"] for row in rows])
+        axis.grid(axis="y", visible=False)
+
+
+def calibration(
+    predicted: Sequence[float], won: Sequence[float], path: Path, *, title: str = "Is the judge as sure as it is right?"
+) -> None:
+    """Predicted preference probabilities against how often they came true, in ten bins, over how many there are.
+
+    predicted: probability of the first answer in [0, 1]; won: 1 where the first answer was preferred, 0, or 0.5.
+    """
+    bins = [[] for _ in range(10)]
+    for probability, outcome in zip(predicted, won):
+        bins[min(9, int(probability * 10))].append((probability, outcome))
+    kept = [one for one in bins if one]
+    seen = [sum(p for p, _ in one) / len(one) for one in kept]
+    true = [sum(o for _, o in one) / len(one) for one in kept]
+    error = sum(len(one) * abs(s - t) for one, s, t in zip(kept, seen, true)) / max(1, len(predicted))
+    with _figure(path, f"{title}  Expected error {error:.3f}", rows=2, ratios=(3, 1)) as (axis, counts):
+        axis.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="perfectly calibrated")
+        axis.plot(seen, true, "o-", color=BLUE, label="judge")
+        axis.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that came true")
+        axis.legend(loc="upper left")
+        counts.bar([0.05 + 0.1 * index for index in range(10)], [len(one) for one in bins], width=0.09, color=BLUE)
+        counts.set(xlim=(0, 1), xlabel="predicted probability that the first answer is preferred", ylabel="pairs")
+
+
+def kl_reward(rows: list[dict[str, Any]], path: Path, *, title: str = "Reward bought with KL") -> None:
+    """Reward over KL (nats an answer) for each row {"name", "kl", "reward"}, joined in the order given.
+
+    Rounds of a run, or runs at different β; up and to the left is better.
+    """
+    with _figure(path, title) as (axis,):
+        axis.plot([row["kl"] for row in rows], [row["reward"] for row in rows], "-", color=GREY, linewidth=1)
+        axis.plot([row["kl"] for row in rows], [row["reward"] for row in rows], "o", color=BLUE, markersize=8)
+        for row in rows:
+            axis.annotate(row["name"], (row["kl"], row["reward"]), (7, -12), textcoords="offset points")
+        axis.margins(0.12)
+        axis.set(xlabel="KL to the reference, nats an answer", ylabel="mean reward")
+
+
+def rank_changes(changes: list[list[float]], path: Path, *, title: str = "Log-prob change by rank") -> None:
+    """How far each rank's log-prob moved from the reference: a box a rank (best first), outliers left out.
+
+    changes: one list of changes (nats an answer) for each rank. A policy that learns the ranking goes down in steps.
+    """
+    with _figure(path, title) as (axis,):
+        boxes = axis.boxplot(changes, showfliers=False, patch_artist=True, medianprops={"color": "black"}, widths=0.6)
+        for rank, box in enumerate(boxes["boxes"]):
+            box.set(facecolor=BLUE, alpha=1.0 - 0.75 * rank / max(1, len(changes) - 1))
+        axis.axhline(0, color=GREY, linestyle=":")
+        axis.set_xticks(range(1, len(changes) + 1), ["best", *(f"rank {rank}" for rank in range(1, len(changes)))])
+        axis.set(ylabel="log-prob against the reference, nats an answer")
+        axis.grid(axis="x", visible=False)
+
+
+def _two_histograms(
+    policy: Sequence[float], reference: Sequence[float], path: Path, *, title: str, unit: str, digits: int
+) -> None:
+    low, high = min(*policy, *reference), max(*policy, *reference)
+    edges = [low + (high - low or 1.0) * index / 30 for index in range(31)]
+    with _figure(path, title) as (axis,):
+        for values, name, colour in ((reference, "reference", ORANGE), (policy, "policy", BLUE)):
+            mean = sum(values) / len(values)
+            weights = [100 / len(values)] * len(values)
+            axis.hist(
+                values,
+                edges,
+                weights=weights,
+                color=colour,
+                alpha=0.45,
+                label=f"{name}, mean {mean:.{digits}f}",
+            )
+            axis.hist(values, edges, weights=weights, color=colour, histtype="step", linewidth=1.5)
+            axis.axvline(mean, color=colour, linestyle="-" if name == "policy" else "--", linewidth=2)
+        axis.set(xlabel=unit, ylabel="% of answers")
+        axis.legend()
+
+
+def _curves(axis: Any, points: list[dict[str, float]], lines: tuple[Line, ...]) -> None:
+    for column, label, colour, style in lines:
+        steps, values = _column(points, column)
+        if len(values) > 60:
+            axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            values = _smooth(values, len(values) // 30)
+            label = f"{label}, running mean"
+        if values:
+            axis.plot(steps, values, color=colour, linestyle=style, label=label, marker="." if len(values) < 3 else "")
+
+
+def _column(points: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
+    kept = [(point["step"], point[name]) for point in points if isinstance(point.get(name), (int, float))]
+    return [step for step, _ in kept], [value for _, value in kept]
+
+
+def _smooth(values: list[float], reach: int) -> list[float]:
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    spans = [(max(0, index - reach), min(len(values), index + reach + 1)) for index in range(len(values))]
+    return [(sums[end] - sums[begin]) / (end - begin) for begin, end in spans]
+
+
+@contextmanager
+def _figure(
+    path: Path,
+    title: str,
+    *,
+    rows: int = 1,
+    columns: int = 1,
+    ratios: tuple[float, ...] | None = None,
+    height: float = SIZE[1],
+) -> Iterator[list[Any]]:
+    """Axes to draw on; the figure is written to path, atomically, when the block ends."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(matplotlib.rcParamsDefault | STYLE):
+        figure = Figure(figsize=(SIZE[0], height), dpi=DPI)
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(rows, columns, squeeze=False, height_ratios=ratios)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+        yield list(axes.flat)
+        # No date and no version in the file: its bytes are hashed.
+        save: Callable[[Path], None] = lambda aside: figure.savefig(aside, format="png", metadata={"Software": None})
+        write_aside(path, save)

@@ -1,0 +1,107 @@
+"""Stage preferences: verdicts become one ranked row a prompt; imported preferences join them. Pure and cheap.
+
+Rows whose answers all tie are counted and left out. A share of the prompts, chosen by a hash of their ids, is
+marked "held_out": they measure preference accuracy and are never trained on.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rankwise.fingerprint import digest
+from rankwise.rows import read_rows, read_table, write_rows
+from rankwise.types import Row, UserError, show_prompt
+from tasks.params import param
+from tasks.stage import Stage, main
+
+if TYPE_CHECKING:
+    from rankwise.ranking import Judged
+
+SAMPLE_ROWS = 50  # rows shown in the tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    tie_below: float = param(0.05, "answers at most this far apart (log-odds, nats) are a tie", ge=0)
+    held_out_share: float = param(0.1, "share of prompts kept to measure preference accuracy on", ge=0, le=0.9)
+    max_tied_share: float = param(0.5, "stop when more than this share of rows tie altogether", ge=0, le=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    prompts: Path = Path("data/prompts")
+    rollouts: Path = Path("data/rollouts.parquet")
+    verdicts: Path = Path("data/verdicts.parquet")
+    preferences: Path = Path("data/preferences.parquet")
+    report: Path = Path("reports/preferences")
+
+
+def run(params: Params, paths: Paths, stage: Stage) -> None:
+    from rankwise.ranking import all_tied
+
+    judged = _judged(read_rows(paths.rollouts), paths.verdicts, params)
+    imported = [replace(row, answers=row.ranked) for row in read_rows(paths.prompts / "preferences.parquet")]
+    rows = [one.row for one in judged] + imported
+    if not rows:
+        raise UserError(
+            f"neither {paths.rollouts} nor {paths.prompts / 'preferences.parquet'} holds a row: there is nothing to "
+            "prefer; name prompts or preferences in prompts.files"
+        )
+    kept = [_split(row, params.held_out_share) for row in rows if not all_tied(row)]
+    tied = len(rows) - len(kept)
+    if not kept or tied / len(rows) > params.max_tied_share:
+        raise UserError(
+            f"all answers tie in {tied} of {len(rows)} rows ({tied / len(rows):.0%}, preferences.max_tied_share allows "
+            f"{params.max_tied_share:.0%}); a tie teaches nothing. Lower preferences.tie_below "
+            f"({params.tie_below} nats), raise rollouts.temperature, or use a judge that tells answers apart"
+        )
+    write_rows(paths.preferences, kept)
+    stage.tracker.table("preferences", [_shown(row) for row in kept[:SAMPLE_ROWS]])
+    stage.log(f"{len(kept)} ranked rows, {tied} left out because all their answers tie")
+    stage.finish(_summary(kept, judged, tied))
+
+
+def _judged(rollouts: Sequence[Row], verdicts: Path, params: Params) -> list[Judged]:
+    from rankwise.ranking import rank
+
+    replies = defaultdict(list)
+    for record in read_table(verdicts).to_pylist():
+        replies[record["row_id"]].append((record["i"], record["j"], record["value"]))
+    return [rank(row, replies[row.id], tie_below=params.tie_below) for row in rollouts]
+
+
+def _split(row: Row, held_out_share: float) -> Row:
+    held_out = int(digest("held-out", row.id)[:8], 16) / 16**8 < held_out_share
+    return replace(row, meta={**row.meta, "split": "held_out" if held_out else "train"})
+
+
+def _summary(rows: Sequence[Row], judged: Sequence[Judged], tied: int) -> dict[str, float]:
+    biases = [bias for one in judged for bias in one.position_bias]
+    strict = [row for row in rows if row.answers[0].rank < row.answers[-1].rank]
+    longer = sum(len(row.answers[0].text.split()) > len(row.answers[-1].text.split()) for row in strict)
+    gaps = [row.answers[0].strength - row.answers[-1].strength for row in rows if row.answers[0].strength is not None]
+    return {
+        "rows": len(rows),
+        "held_out": sum(row.meta["split"] == "held_out" for row in rows),
+        "all_tied": tied,
+        "rows_with_ties": sum(len({a.rank for a in row.answers}) < len(row.answers) for row in rows),
+        "unjudged_answers": sum(one.unjudged for one in judged),
+        "circular_rows": sum(one.circular for one in judged),
+        "position_bias_mean": sum(biases) / len(biases) if biases else 0.0,
+        "best_longer_than_worst_share": longer / max(1, len(strict)),
+        "strength_gap_mean": sum(gaps) / len(gaps) if gaps else 0.0,
+        "k": {str(k): sum(len(row.answers) == k for row in rows) for k in sorted({len(row.answers) for row in rows})},
+    }
+
+
+def _shown(row: Row) -> dict[str, object]:
+    answers = {f"{n}: rank {a.rank}": a.text for n, a in enumerate(row.answers)}
+    return {"id": row.id, "prompt": show_prompt(row.prompt), **answers}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("preferences", Params, Paths, run))

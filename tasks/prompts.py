@@ -1,0 +1,126 @@
+"""Stage prompts: the data of a run, generated or imported, as six tables of rows.
+
+    sft            prompt + 1 answer: what supervised fine-tuning imitates
+    rollout        prompts to answer; a prompt's own answer, where known, has source "dataset" (SPIN, aSFT)
+    eval           held-out prompts, each once, with the answers and ranks that the data gave
+    labelled       ranked rows that a reward model is trained on
+    labelled_test  ranked rows that it is measured on
+    preferences    imported ranked rows: offline preferences
+
+All six are always written; one that a run does not use is empty. No prompt and no group of eval is in a table that
+trains; no opening and no group of labelled_test is in labelled.
+
+    python -m tasks.prompts
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from rankwise.rows import write_rows
+from rankwise.types import Row, UserError, show_prompt
+from tasks.mixing import Tables, from_corpus, from_files
+from tasks.params import param
+from tasks.stage import Stage, main, output_folder
+from tasks.tables import TABLES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Rows a table of the embedded corpus."""
+
+    sft: int = param(6000, "reviews to imitate", ge=1)
+    rollout: int = param(600, "prompts to answer, no two alike", ge=1)
+    eval: int = param(300, "held-out prompts, no two alike", ge=1)
+    labelled: int = param(1500, "pairs (a positive, a negative review) to train the judge on", ge=1)
+    labelled_test: int = param(300, "pairs to measure the judge on", ge=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """One mapping a role, {} where the run has none: {path: …} and any entry of tasks.sources.File."""
+
+    sft: dict = param(dict, "prompt + answer; of ranked rows the best answer")
+    rollout: dict = param(dict, "prompts to answer")
+    eval: dict = param(dict, "held-out prompts; {}: eval_share of rollout, or else of preferences")
+    labelled: dict = param(dict, "ranked rows, or texts with labels (paired at random by seed)")
+    labelled_test: dict = param(dict, "the same, to measure the judge on; {}: eval_share of labelled")
+    preferences: dict = param(dict, "pairs or rankings that go straight into preference training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """The data of a run."""
+
+    source: Literal["embedded", "files"] = param("embedded", "embedded: the generated corpus; files: data/source")
+    seed: int = param(1, "draws the corpus, the samples (limit), the pairs and the held-out share")
+    opening_words: int = param(6, "words of a plain text that make its prompt; 0: the whole text is an answer", ge=0)
+    eval_share: float = param(0.1, "share of groups (or prompts) held out where no eval file is given", ge=0, le=0.9)
+    embedded: Sizes = param(Sizes, "rows a table, for source: embedded")
+    files: Files = param(Files, "what is read for each role, for source: files")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    source: Path = Path("data/source")
+    prompts: Path = Path("data/prompts")
+    report: Path = Path("reports/prompts")
+
+
+def run(params: Params, paths: Paths, stage: Stage) -> None:
+    if params.source == "embedded":
+        tables, left_out = from_corpus(asdict(params.embedded), seed=params.seed, opening_words=params.opening_words)
+    else:
+        given = {role: entry for role, entry in asdict(params.files).items() if entry}
+        tables, left_out = from_files(
+            given,
+            paths.source,
+            seed=params.seed,
+            opening_words=params.opening_words,
+            eval_share=params.eval_share,
+            log=stage.log,
+        )
+    _refuse_empty(tables, left_out)
+    with output_folder(paths.prompts) as folder:
+        for name in TABLES:
+            write_rows(folder / f"{name}.parquet", tables.get(name, []))
+    for name, rows in tables.items():
+        notes = "".join(f"; left out {count}: {reason}" for reason, count in sorted(left_out[name].items()))
+        stage.log(f"{name}: {len(rows)} rows{notes}")
+    stage.finish({name: _measures(tables.get(name, []), left_out.get(name, Counter())) for name in TABLES})
+
+
+def _refuse_empty(tables: Tables, left_out: dict[str, Counter[str]]) -> None:
+    for name, rows in tables.items():
+        if not rows:
+            why = ", ".join(f"{count} left out: {reason}" for reason, count in sorted(left_out[name].items()))
+            raise UserError(
+                f"prompts: table {name} would be empty ({why or 'nothing was read for it'}); "
+                f"change prompts.files.{name}, or the limits, eval_share or labels named there"
+            )
+
+
+def _measures(rows: list[Row], left_out: Counter[str]) -> dict:
+    """Counts of one table: rows, how many rows have K answers, words (mean) a prompt and an answer."""
+    answers = [answer.text for row in rows for answer in row.answers]
+    prompts = [show_prompt(row.prompt) for row in rows]
+    return {
+        "rows": len(rows),
+        "rows_by_answers": {str(k): n for k, n in sorted(Counter(len(row.answers) for row in rows).items())},
+        "rows_with_ties": sum(len({a.rank for a in row.ranked}) < len(row.ranked) for row in rows),
+        "distinct_prompts": len(set(prompts)),
+        "words_per_prompt": _mean_words(prompts),
+        "words_per_answer": _mean_words(answers),
+        "left_out": dict(left_out),
+    }
+
+
+def _mean_words(texts: list[str]) -> float:
+    return round(sum(len(text.split()) for text in texts) / len(texts), 2) if texts else 0.0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("prompts", Params, Paths, run))

@@ -1,0 +1,158 @@
+"""Recipes: params.yaml is the embedded default, a recipe changes some of it. `python -m tasks.recipe --help`.
+
+    python -m tasks.recipe                                      the embedded default again
+    python -m tasks.recipe recipes/imdb.yaml                    params.yaml of the recipe
+    python -m tasks.recipe recipes/imdb.yaml --data PATH ...    and PATH linked into data/source
+
+A recipe file holds sections and keys of params.yaml, only those that differ from the default; a key or value that no
+stage knows is refused. params.yaml is written whole, a comment beside every key, so it reads without the recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rankwise.rows import write_aside
+from rankwise.types import UserError
+from tasks.params import build, default_of, read_yaml
+
+# In the order of the pipeline.
+STAGES = (
+    "prompts",
+    "base_model",
+    "doctor",
+    "sft",
+    "reward_model",
+    "rollouts",
+    "verdicts",
+    "preferences",
+    "reference_logprobs",
+    "dpo",
+    "evaluate",
+    "register",
+)
+HEAD = """\
+# What defines a result, one section a stage. Devices, keys, addresses and worker counts are not here.
+# `python -m tasks.recipe` writes this file anew (defaults, or a recipe); edit it as you like in between.
+"""
+COLUMN = 44  # where comments begin
+
+
+def apply(recipe: Path | None, params_file: Path = Path("params.yaml")) -> list[str]:
+    """Write params.yaml as the defaults with a recipe over them; returns the changed lines, as a diff.
+
+    Raises UserError on a key or value that no stage knows; params.yaml is then left as it was.
+    """
+    overlay = read_yaml(recipe) if recipe is not None else {}
+    text = render(overlay, where=str(recipe))
+    before = params_file.read_text(encoding="utf-8") if params_file.exists() else ""
+    write_aside(params_file, lambda aside: aside.write_text(text, encoding="utf-8"))
+    diff = difflib.unified_diff(before.splitlines(), text.splitlines(), lineterm="", n=0)
+    return [line for line in diff if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+
+
+def render(overlay: dict[str, Any], *, where: str = "recipe") -> str:
+    """The text of params.yaml for a recipe's overlay."""
+    unknown = [section for section in overlay if section not in STAGES]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], STAGES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"{where}: no stage is called {unknown[0]!r}{hint} (stages: {', '.join(STAGES)})")
+    parts = [HEAD]
+    for name in STAGES:
+        params_type = importlib.import_module(f"tasks.{name}").Params
+        values = merge(defaults(params_type), overlay.get(name) or {})
+        build(params_type, values, where=f"{where}: {name}")
+        parts.append("\n".join([f"{name}:", *_lines(params_type, values, indent="  ")]) + "\n")
+    return "\n".join(parts)
+
+
+def defaults(params_type: type) -> dict[str, Any]:
+    """A params dataclass' defaults as plain values."""
+    return {spec.name: _plain(default_of(spec)) for spec in fields(params_type)}
+
+
+def merge(base: Any, overlay: Any) -> Any:
+    """Overlay over base, mapping by mapping; anything else is replaced."""
+    if isinstance(base, dict) and isinstance(overlay, dict):
+        return {**base, **{key: merge(base.get(key), value) for key, value in overlay.items()}}
+    return overlay
+
+
+def link_sources(paths: Sequence[Path], source: Path = Path("data/source")) -> list[Path]:
+    """Link files or folders into data/source under their own names; an existing link is renewed, a file is not."""
+    linked = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"--data {path}: no such file or folder")
+        target = source / path.resolve().name
+        if target.exists() and not target.is_symlink():
+            raise UserError(f"{target} is there already and is no link; move it away, or leave out --data {path}")
+        target.unlink(missing_ok=True)
+        target.symlink_to(os.path.abspath(path))
+        linked.append(target)
+    return linked
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {spec.name: _plain(getattr(value, spec.name)) for spec in fields(value)}
+    return value
+
+
+def _lines(params_type: type, values: dict[str, Any], indent: str) -> list[str]:
+    lines = []
+    for spec in fields(params_type):
+        value, default = values[spec.name], default_of(spec)
+        if is_dataclass(default) and value is not None:
+            lines.append(_commented(f"{indent}{spec.name}:", spec.metadata["doc"]))
+            lines += _lines(type(default), value, indent + "  ")
+        else:
+            lines.append(_commented(f"{indent}{spec.name}: {_scalar(value)}", spec.metadata["doc"]))
+    return lines
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, float):
+        # YAML 1.1 reads 5e-07 as text; it wants a point.
+        text = repr(value)
+        return text if "." in text or "e" not in text else text.replace("e", ".0e")
+    flow = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
+    return flow.removesuffix("\n").removesuffix("\n...").strip()
+
+
+def _commented(text: str, doc: str) -> str:
+    return f"{text:<{COLUMN}}  # {doc}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", nargs="?", type=Path, help="a file of recipes/, or your own; none: the default")
+    parser.add_argument("--data", nargs="+", type=Path, default=[], help="files or folders to link into data/source")
+    arguments = parser.parse_args(argv)
+    try:
+        for link in link_sources(arguments.data):
+            print(f"linked {link}")
+        changed = apply(arguments.recipe)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(changed) if changed else "params.yaml is unchanged")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,91 @@
+"""Stage reference_logprobs: what the frozen reference thinks of every ranked answer; computed once, kept by row.
+
+A change of learning rate, β or loss recomputes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rankwise.rows import read_rows, write_table
+from tasks.params import param
+from tasks.stage import Stage, main
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    max_prompt_tokens: int = param(0, "a longer prompt loses its beginning; 0 is no limit; dpo cuts alike", ge=0)
+    max_answer_tokens: int = param(0, "a longer answer loses its end; 0 is no limit; dpo cuts alike", ge=0)
+    precision: Literal["fp32", "medium", "bf16"] = param("fp32", "numerics; dpo trains in the same")
+    max_tokens: int = param(8192, "token positions a forward pass", ge=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    preferences: Path = Path("data/preferences.parquet")
+    model: Path = Path("models/sft")
+    reference: Path = Path("data/reference_logprobs.parquet")
+    report: Path = Path("reports/reference_logprobs")
+
+
+def run(params: Params, paths: Paths, stage: Stage) -> None:
+    import pyarrow as pa
+
+    from rankwise.checkpoints import device, load_causal_lm, load_tokenizer
+    from rankwise.fingerprint import weights_digest
+    from rankwise.reference import score_rows
+    from rankwise.rendering import Renderer
+    from rankwise.scoring import LogpModel
+    from rankwise.store import Store
+
+    renderer = Renderer(
+        load_tokenizer(paths.model),
+        max_prompt_tokens=params.max_prompt_tokens,
+        max_answer_tokens=params.max_answer_tokens,
+    )
+    rows = [renderer.render(row) for row in read_rows(paths.preferences)]
+    weights = weights_digest(paths.model)
+    module = LogpModel(load_causal_lm(paths.model).to(device()))
+    began = time.monotonic()
+    with Store(stage.store("reference_logprobs")) as store:
+        scored, computed = score_rows(
+            module, rows, weights=weights, precision=params.precision, store=store, max_tokens=params.max_tokens
+        )
+    stage.timings["rows_per_second"] = computed / (time.monotonic() - began)
+    stage.timings["rows_computed"] = computed
+    stage.log(f"{computed} of {len(rows)} rows computed now, the rest were in the store")
+    table = pa.table(
+        {
+            "id": pa.array([one.id for one in scored], pa.string()),
+            "key": pa.array([one.key for one in scored], pa.string()),
+            "logps": pa.array([one.logps for one in scored], pa.list_(pa.float32())),
+            "tokens": pa.array([one.tokens for one in scored], pa.list_(pa.int32())),
+        }
+    )
+    # What the numbers belong to travels with them: dpo refuses another reference, and cuts rows at the same lengths.
+    meta = {
+        "reference": weights,
+        "precision": params.precision,
+        "max_prompt_tokens": str(params.max_prompt_tokens),
+        "max_answer_tokens": str(params.max_answer_tokens),
+    }
+    write_table(paths.reference, table.replace_schema_metadata(meta))
+    tokens = sum(sum(one.tokens) for one in scored)
+    stage.tracker.dataset(paths.preferences, "preferences")
+    stage.finish(
+        {
+            "rows": len(rows),
+            "answers": sum(len(one.logps) for one in scored),
+            "answer_tokens": tokens,
+            "logp_per_token": sum(sum(one.logps) for one in scored) / tokens,
+            "cut_tokens": sum(row.cut_tokens for row in rows),
+            "boundary_merges": sum(row.boundary_merges for row in rows),
+        }
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("reference_logprobs", Params, Paths, run))

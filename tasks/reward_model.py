@@ -1,0 +1,105 @@
+"""Stage reward_model: the default judge, a scalar head on the SFT model fitted to labelled rankings (E4).
+
+Where the verdicts come from another judge, `judge.kind` says so and this stage leaves an empty folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rankwise.fingerprint import file_digest, tokenizer_digest, weights_digest
+from rankwise.rows import read_rows
+from rankwise.types import UserError
+from tasks.params import param
+from tasks.stage import Stage, main, output_folder
+from tasks.training import TrainingParams, drop_checkpoints, fit
+
+if TYPE_CHECKING:
+    from rankwise.learners import RewardLearner
+    from rankwise.rendering import TokenRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params(TrainingParams):
+    enabled: bool = param(True, "train the reward model; false where another judge gives the verdicts")
+    learning_rate: float = param(1e-3, "peak learning rate of AdamW", gt=0)
+    max_tokens: int = param(0, "longest prompt + answer, tokens; a longer answer loses its end; 0 is no limit", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    prompts: Path = Path("data/prompts")
+    sft: Path = Path("models/sft")
+    model: Path = Path("models/reward_model")
+    report: Path = Path("reports/reward_model")
+
+
+def run(params: Params, paths: Paths, stage: Stage) -> None:
+    if not params.enabled:
+        with output_folder(paths.model):
+            stage.log("reward_model.enabled is false: another judge gives the verdicts, nothing is trained")
+        stage.finish({"enabled": 0})
+        return
+    from rankwise.checkpoints import device, load_tokenizer, new_reward_model
+    from rankwise.evaluation import share
+    from rankwise.learners import RewardLearner
+    from rankwise.rewards import RewardModel
+    from tasks.plots import training_curves
+
+    tokenizer = load_tokenizer(paths.sft)
+    training = _rows(paths.prompts / "labelled.parquet", tokenizer, params)
+    test = _rows(paths.prompts / "labelled_test.parquet", tokenizer, params)
+    model = new_reward_model(paths.sft, tokenizer, seed=params.seed)
+    learner = RewardLearner(RewardModel(model).to(device()), 0)
+    identity = [
+        weights_digest(paths.sft),
+        tokenizer_digest(paths.sft),
+        file_digest(paths.prompts / "labelled.parquet"),
+        file_digest(paths.prompts / "labelled_test.parquet"),
+    ]
+    fit(stage, learner, training, params, identity=identity, on_epoch=lambda: _accuracy(learner, test, params))
+    accuracy = share(_accuracy(learner, test, params)["test_accuracy"] * len(test), len(test))
+    with output_folder(paths.model) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    training_curves(stage.curves, paths.report / "curves.png")
+    stage.tracker.dataset(paths.prompts / "labelled.parquet", "labelled")
+    stage.log(
+        f"right on {accuracy.mean:.1%} [{accuracy.low:.1%}, {accuracy.high:.1%}] of {len(test)} held-out rankings"
+    )
+    stage.finish({"test_accuracy": accuracy.as_dict(), "test_rows": len(test), "rows": len(training)})
+    drop_checkpoints(stage, params, identity)
+
+
+def _rows(table: Path, tokenizer, params: Params) -> list[TokenRow]:
+    from rankwise.rendering import Renderer
+
+    renderer = Renderer(tokenizer, max_answer_tokens=params.max_tokens)
+    rows = [renderer.render(row, row.ranked) for row in read_rows(table)]
+    if not rows:
+        raise UserError(
+            f"{table}: no labelled ranking to train or test the reward model on; name labelled data in "
+            "prompts.files, or set reward_model.enabled to false and choose another judge (judge.kind)"
+        )
+    return rows
+
+
+def _accuracy(learner: RewardLearner, rows: list[TokenRow], params: Params) -> dict[str, float]:
+    """Share of held-out ranked pairs that the reward model orders rightly."""
+    import torch
+
+    from rankwise.batching import micro_batches
+    from rankwise.checkpoints import device, numerics
+
+    right = 0.0
+    with torch.inference_mode(), numerics(params.precision, device()):
+        for part in micro_batches(rows, max_tokens=params.micro_batch_tokens):
+            batch = learner.collate(part).to(device())
+            right += float(learner.losses(learner.module(batch), batch).stats["accuracy"].sum())
+    return {"test_accuracy": right / len(rows)}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("reward_model", Params, Paths, run))

@@ -1,0 +1,88 @@
+"""A registered policy, loaded from MLflow: prompts in, completions out.
+
+    mlflow.pyfunc.load_model("models:/rankwise-policy@champion").predict(pd.DataFrame({"prompt": ["The film"]}))
+
+MLflow calls _load_pyfunc with the folder of the version: the weights themselves, or pointer.json, which says where
+DVC keeps them (from the project's root; RANKWISE_POLICY names another place) and which md5 they must have.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rankwise.types import UserError, text_prompt
+from tasks import lineage
+
+
+def find_weights(folder: Path) -> Path:
+    """The policy's folder for a version; raises UserError where its weights are missing or are others."""
+    pointer = Path(folder) / "pointer.json"
+    if not pointer.is_file():
+        return Path(folder)
+    wanted = json.loads(pointer.read_text(encoding="utf-8"))
+    path = Path(os.environ.get("RANKWISE_POLICY", wanted["path"]))
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path}: the weights of this version are not here; in the project, at the commit in the version's tag "
+            f"git.commit, run `dvc pull {wanted['path']}`, or set RANKWISE_POLICY to a folder that has them"
+        )
+    found = lineage.md5_of(path)
+    if found != wanted["md5"]:
+        raise UserError(
+            f"{path}: other weights (md5 {found}) than this version's ({wanted['md5']}); check out the commit in the "
+            f"version's tag git.commit and run `dvc pull {wanted['path']}`, or set RANKWISE_POLICY to their folder"
+        )
+    return path
+
+
+class Policy:
+    """The model of a version; made on the first prediction, so that a version can be looked at without its weights."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._loaded = folder, None
+
+    def predict(self, prompts: Any, params: dict[str, Any] | None = None) -> Any:
+        """A data frame with a column "prompt" (plain text, continued verbatim) to one with a column "completion".
+
+        params: max_new_tokens (tokens), temperature (0: the likeliest token each time), seed.
+        """
+        import pandas as pd
+
+        settings = {"max_new_tokens": 64, "temperature": 0.0, "seed": 0} | (params or {})
+        texts = pd.DataFrame(prompts)["prompt"].explode().tolist()  # MLflow makes one row of a dict's whole list
+        return pd.DataFrame({"completion": [self._complete(text, **settings) for text in texts]})
+
+    def _complete(self, text: str, *, max_new_tokens: int, temperature: float, seed: int) -> str:
+        import torch
+
+        model, renderer = self._load()
+        prompt_ids = renderer.prompt_ids(text_prompt(text))
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        with torch.inference_mode():
+            ids = model.generate(
+                torch.tensor([prompt_ids], device=model.device),
+                attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long, device=model.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=renderer.tokenizer.eos_token_id,
+                **sampling,
+            )
+        return renderer.answer_text(prompt_ids, ids[0, len(prompt_ids) :].tolist())
+
+    def _load(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            from rankwise.rendering import Renderer
+
+            weights = find_weights(self._folder)
+            model = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True).eval()
+            self._loaded = model, Renderer(AutoTokenizer.from_pretrained(weights))
+        return self._loaded
+
+
+def _load_pyfunc(path: str) -> Policy:
+    return Policy(Path(path))

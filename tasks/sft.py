@@ -1,0 +1,95 @@
+"""Stage sft: supervised fine-tuning on prompt + completion rows (E11). Its result is the reference model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rankwise.fingerprint import file_digest, tokenizer_digest, weights_digest
+from rankwise.rows import read_rows
+from rankwise.types import UserError
+from tasks.params import param
+from tasks.stage import Stage, main, output_folder
+from tasks.training import LoraParams, TrainingParams, drop_checkpoints, fit, with_adapters
+
+if TYPE_CHECKING:
+    from rankwise.rendering import TokenRow
+    from rankwise.scoring import LogpModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params(TrainingParams):
+    epochs: int = param(3, "passes over the rows; 0 keeps the base model as it is", ge=0)
+    learning_rate: float = param(4e-3, "peak learning rate of AdamW", gt=0)
+    batch_size: int = param(64, "rows (prompts) an optimizer step, over all processes", ge=1)
+    held_out: int = param(200, "rows kept out of training to measure the loss on", ge=0)
+    max_prompt_tokens: int = param(0, "a longer prompt loses its beginning; 0 is no limit", ge=0)
+    max_answer_tokens: int = param(0, "a longer answer loses its end; 0 is no limit", ge=0)
+    lora: LoraParams = param(LoraParams, "adapters instead of all weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    prompts: Path = Path("data/prompts")
+    base: Path = Path("models/base")
+    doctor: Path = Path("reports/doctor/metrics.json")
+    model: Path = Path("models/sft")
+    report: Path = Path("reports/sft")
+
+
+def run(params: Params, paths: Paths, stage: Stage) -> None:
+    from rankwise.checkpoints import device, load_causal_lm, load_tokenizer, save_model
+    from rankwise.learners import SftLearner
+    from rankwise.rendering import Renderer
+    from rankwise.scoring import LogpModel
+    from tasks.plots import training_curves
+
+    table = paths.prompts / "sft.parquet"
+    tokenizer, model = load_tokenizer(paths.base), load_causal_lm(paths.base)
+    metrics: dict = {"steps": 0}
+    if params.epochs > 0:
+        renderer = Renderer(
+            tokenizer, max_prompt_tokens=params.max_prompt_tokens, max_answer_tokens=params.max_answer_tokens
+        )
+        rows = [renderer.render(row) for row in read_rows(table)]
+        if len(rows) <= params.held_out:
+            raise UserError(
+                f"{table}: {len(rows)} rows, of which sft.held_out keeps {params.held_out} out of training; "
+                "give more rows, or lower sft.held_out"
+            )
+        held_out, training = rows[: params.held_out], rows[params.held_out :]
+        module = LogpModel(with_adapters(model, params.lora)).to(device())
+        identity = [weights_digest(paths.base), tokenizer_digest(paths.base), file_digest(table)]
+        measure = lambda: _held_out(module, held_out, params) if held_out else {}
+        fit(stage, SftLearner(module, 0), training, params, identity=identity, on_epoch=measure)
+        model = module.model
+        metrics = {"steps": stage.curves[-1]["step"], "loss": stage.curves[-1]["loss"], **measure()}
+    with output_folder(paths.model) as folder:
+        save_model(model, tokenizer, folder)
+    stage.tracker.dataset(table, "sft")
+    if stage.curves:
+        training_curves(stage.curves, paths.report / "curves.png")
+    stage.finish(metrics)
+    if params.epochs > 0:
+        drop_checkpoints(stage, params, identity)
+
+
+def _held_out(module: LogpModel, rows: list[TokenRow], params: Params) -> dict[str, float]:
+    """Loss a token on rows that were not trained on, and its perplexity."""
+    import torch
+
+    from rankwise.batching import micro_batches
+    from rankwise.checkpoints import device, numerics
+
+    logp = tokens = 0.0
+    with torch.inference_mode(), numerics(params.precision, device()):
+        for part in micro_batches(rows, max_tokens=params.micro_batch_tokens):
+            output = module(module.batch(part, 0).to(device()))
+            logp, tokens = logp + float(output.sum_A.double().sum()), tokens + float(output.tokens_A.sum())
+    return {"held_out_loss": -logp / tokens, "held_out_perplexity": math.exp(-logp / tokens)}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("sft", Params, Paths, run))

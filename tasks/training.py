@@ -1,0 +1,113 @@
+"""What the training stages (sft, reward_model, dpo) share: their optimisation params and the run of the loop."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from rankwise.fingerprint import digest
+from tasks.params import param
+from tasks.stage import Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rankwise.learners import Learner
+    from rankwise.rendering import TokenRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingParams:
+    """Optimisation, alike in every training stage. Counts are optimizer steps and rows (prompts)."""
+
+    epochs: int = param(1, "passes over the rows", ge=1)
+    learning_rate: float = param(1e-3, "peak learning rate of AdamW", gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = param("cosine", "how the learning rate falls after warm-up")
+    warmup_share: float = param(0.05, "share of all steps over which the learning rate rises", ge=0, le=1)
+    batch_size: int = param(32, "rows (prompts) an optimizer step, over all processes", ge=1)
+    micro_batch_tokens: int = param(4096, "token positions a forward pass: memory grows with it, results do not", ge=1)
+    weight_decay: float = param(0.0, "AdamW weight decay, on matrices only", ge=0)
+    max_grad_norm: float = param(1.0, "gradients are clipped to this norm; 0 is no clipping", ge=0)
+    precision: Literal["fp32", "medium", "bf16"] = param(
+        "fp32", "fp32: exact; medium: fp32 with bf16 products inside matmuls; bf16: autocast"
+    )
+    gradient_checkpointing: bool = param(False, "compute activations twice instead of keeping them")
+    seed: int = param(0, "seed of the shuffle and of new weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraParams:
+    """Low-rank adapters; merged into the weights when the stage ends."""
+
+    rank: int = param(0, "rank of the adapters; 0 trains all weights", ge=0)
+    alpha: float = param(16.0, "scale of the adapters: their update is multiplied by alpha / rank", gt=0)
+    targets: list[str] = param(
+        lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "modules that get an adapter, by the end of their names",
+    )
+
+
+def with_adapters(model: PreTrainedModel, lora: LoraParams) -> Any:
+    """The model itself, or the model with trainable adapters and frozen weights."""
+    if lora.rank == 0:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    from rankwise.types import UserError
+
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM")
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"lora.targets {lora.targets}: {error}; name modules of {type(model).__name__}") from error
+
+
+def fit(
+    stage: Stage,
+    learner: Learner,
+    rows: Sequence[TokenRow],
+    params: TrainingParams,
+    *,
+    identity: Sequence[Any],
+    on_epoch: Callable[[], dict[str, float]] = dict,
+) -> None:
+    """Run the loop with this stage's checkpoint, curves and tracker; the checkpoint is dropped by `done`.
+
+    Args:
+        identity: fingerprints of everything beside params that the weights depend on.
+        on_epoch: measurements to record when an epoch ends.
+    """
+    import time
+
+    from rankwise.training import Hooks, Settings, train
+
+    names = Settings.__dataclass_fields__.keys() & asdict(params).keys()
+    settings = Settings(**{name: getattr(params, name) for name in names})
+    folder = stage.checkpoints(checkpoint_key(params, identity))
+    latest = {"step": 0}
+
+    def record(step_record) -> None:
+        latest["step"] = step_record.step
+        stage.record(step_record.step, step_record.values, step_record.speeds)
+
+    def epoch_done(epoch: int) -> None:
+        if values := on_epoch():
+            stage.log(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+            stage.record(latest["step"], values)
+
+    hooks = Hooks(on_step=record, on_epoch=epoch_done, on_resume=stage.resume_curves, points=lambda: stage.curves)
+    began = time.monotonic()
+    train(learner, rows, settings, what=stage.name, checkpoint=folder / "state.safetensors", hooks=hooks)
+    stage.timings["train_seconds"] = time.monotonic() - began
+
+
+def checkpoint_key(params: TrainingParams, identity: Sequence[Any]) -> str:
+    """Identity of a run's checkpoints: other params or inputs never meet them."""
+    return digest(asdict(params), list(identity))[:16]
+
+
+def drop_checkpoints(stage: Stage, params: TrainingParams, identity: Sequence[Any]) -> None:
+    """The result is in place: its checkpoint is of no more use."""
+    shutil.rmtree(stage.checkpoints(checkpoint_key(params, identity)), ignore_errors=True)

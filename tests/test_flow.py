@@ -1,0 +1,307 @@
+"""Laws of the flow: it is `dvc repro` that a person can watch, stop and continue."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Toy
+
+from flows import align, process, server, summary
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory):
+    """A Prefect server for the tests of this file; gives its API address."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "HOME", tmp_path_factory.mktemp("server") / "prefect")
+        running = server.Server(server.free_port(), lean=True)
+        try:
+            running.wait()
+            yield running.url
+        finally:
+            running.stop()
+
+
+@pytest.fixture(scope="module")
+def done(api, tmp_path_factory) -> tuple[Toy, subprocess.CompletedProcess]:
+    """A toy project after one whole run, and what the run said. Copy it, do not change it."""
+    toy = Toy(tmp_path_factory.mktemp("done") / "toy")
+    return toy, toy.run(PREFECT_API_URL=api)
+
+
+@pytest.fixture
+def finished(done, tmp_path) -> Toy:
+    return done[0].copy(tmp_path / "copy")
+
+
+@pytest.fixture
+def client(api):
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+        yield client
+
+
+def run_id(said: str) -> str:
+    return said.partition("/runs/flow-run/")[2].split()[0]
+
+
+def task_runs(client, flow_run: str, expected: int) -> dict:
+    """The task runs of a flow run by name, once the server has stored so many final ones."""
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    only = FlowRunFilter.model_validate({"id": {"any_": [flow_run]}})
+    assert server.wait_until_recorded(
+        lambda: [run.state for run in client.read_task_runs(flow_run_filter=only)], expected
+    )
+    return {run.name: run for run in client.read_task_runs(flow_run_filter=only)}
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition, seconds: float = 30) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(met)
+
+
+def test_flow_and_bare_repro_leave_the_same_lock(done, toy):
+    flown, said = done
+    assert said.returncode == 0, said.stdout
+    toy.command("dvc", "repro")
+    assert (flown.root / "dvc.lock").read_bytes() == (toy.root / "dvc.lock").read_bytes()
+    assert flown.attempts() == toy.attempts() == list(Toy.ORDER)
+
+
+def test_a_person_finds_stages_by_name_with_their_edges_and_metrics(done, client):
+    _, said = done
+    runs = task_runs(client, run_id(said.stdout), len(Toy.ORDER))
+    assert set(runs) == set(Toy.ORDER)
+    assert [up.id for up in runs["sft"].task_inputs["wait_for"]] == [runs["prompts"].id]
+    assert client.read_flow_run(run_id(said.stdout)).name.endswith(": 4 ran")
+    artifacts = {artifact.key: artifact for artifact in client.read_artifacts()}
+    assert "| kl.mean | 1.5 |" in artifacts["sft"].data and artifacts["sft"].task_run_id == runs["sft"].id
+    assert "| verdicts | ran |" in artifacts["summary"].data
+
+
+def test_stage_lines_reach_the_terminal_and_prefect_once_and_without_a_second_name(done, client):
+    from prefect.client.schemas.filters import LogFilter
+
+    _, said = done
+    assert said.stdout.count("| sft | started") == 1 and "[sft]" not in said.stdout
+    only = LogFilter.model_validate({"flow_run_id": {"any_": [run_id(said.stdout)]}})
+    assert wait_for(lambda: [log.message for log in client.read_logs(only)].count("started") == len(Toy.ORDER), 10)
+
+
+def test_skipped_stages_show_as_cached(finished, api, client):
+    (finished.root / "sft.txt").unlink()
+    said = finished.run(PREFECT_API_URL=api)
+    states = {name: run.state for name, run in task_runs(client, run_id(said.stdout), len(Toy.ORDER)).items()}
+    assert {state.name for state in states.values()} == {"Cached"}
+    assert states["prompts"].message == "didn't change"
+    assert states["sft"].message == "restored from DVC's cache"
+    assert finished.attempts() == list(Toy.ORDER), "a cached stage ran"
+    assert "4 cached" in said.stdout
+
+
+def test_a_run_with_nothing_to_do_says_so_and_starts_no_server(finished):
+    began = time.monotonic()
+    said = finished.run()
+    assert said.returncode == 0 and time.monotonic() - began < 15
+    assert "every stage is up to date" in said.stdout and said.stdout.count("cached") == len(Toy.ORDER) + 1
+    assert not (finished.root / ".rankwise/prefect").exists()
+
+
+def test_failure_names_stage_reason_and_command(toy, api):
+    said = toy.run("--target", "verdicts", PREFECT_API_URL=api, TOY_FAIL="sft")
+    end = said.stdout.splitlines()[-2:]
+    assert said.returncode == 2
+    assert end[0] == "error: stage sft failed: row 7: no prompt; add one"
+    assert "python -m flows.align --target verdicts" in end[1] and "dvc repro -s sft" in end[1]
+    assert "Traceback" not in said.stdout and "NoneType" not in said.stdout
+    assert toy.attempts() == ["prompts", "sft"], "a mistake was tried again, or a later stage ran"
+
+
+def test_only_stages_with_outside_reasons_are_tried_again():
+    from prefect.states import Failed
+
+    class Run:
+        run_count = 1
+
+    failed, mistake = Failed(message="503"), Failed(name=align.MISTAKE)
+    verdicts, dpo = (align.run_stage.with_options(name=name) for name in ("verdicts@2", "dpo"))
+    assert align._worth_a_retry(verdicts, Run, failed)
+    assert not align._worth_a_retry(dpo, Run, failed)
+    assert not align._worth_a_retry(verdicts, Run, mistake)
+    Run.run_count = len(align.RETRY_AFTER_S) + 1
+    assert not align._worth_a_retry(verdicts, Run, failed)
+
+
+def test_a_stopped_stage_is_not_revived_by_a_retry(monkeypatch):
+    from prefect.states import Failed
+
+    class Run:
+        run_count = 1
+
+    monkeypatch.setattr(process, "stopping", type(process.stopping)())
+    process.stopping.set()
+    assert not align._worth_a_retry(align.run_stage.with_options(name="verdicts"), Run, Failed())
+
+
+def test_a_second_run_of_a_checkout_is_refused(finished, api):
+    lock = finished.root / ".rankwise/locks/flow.lock"
+    with open(lock, "a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        said = finished.run(PREFECT_API_URL=api)
+    assert said.returncode == 2 and said.stdout.splitlines()[-1].startswith("error: another run of this checkout")
+
+
+def test_a_mistake_on_the_command_line_gets_one_line(toy):
+    said = toy.run("--target", "evalute")
+    assert said.returncode == 2
+    assert said.stdout.splitlines() == [
+        "error: no stage 'evalute' in dvc.yaml; did you mean 'evaluate'? (stages: evaluate, prompts, sft, verdicts)"
+    ]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopping_the_flow_waits_for_a_checkpoint_and_leaves_no_children(toy, api, number, status):
+    flow = toy.start(PREFECT_API_URL=api, TOY_NAP="120")
+    note = toy.root / "prompts.pid"
+    assert wait_for(lambda: note.exists() and note.read_text())
+    time.sleep(0.3)
+    flow.send_signal(number)
+    said, _ = flow.communicate(timeout=30)
+    assert flow.returncode == status, said
+    assert (toy.root / "prompts.checkpoint").exists() and not alive(int(note.read_text()))
+    assert said.splitlines()[-1].endswith("Continue with: python -m flows.align")
+
+
+def test_killing_the_flow_leaves_no_children(toy, api):
+    """kill -9 runs no handler: the kernel tells dvc, whose death the stage is told of."""
+    flow = toy.start(PREFECT_API_URL=api, TOY_NAP="120")
+    note = toy.root / "prompts.pid"
+    assert wait_for(lambda: note.exists() and note.read_text())
+    [dvc] = Path(f"/proc/{flow.pid}/task/{flow.pid}/children").read_text().split()
+    flow.kill()
+    flow.communicate()
+    assert wait_for(lambda: not alive(int(dvc)), 5)
+
+
+def test_the_end_table_shows_what_was_measured_and_nothing_else():
+    report = {
+        "win_rate": {"judge": {"mean": 0.914, "low": 0.88, "high": 0.94}},
+        "reward": {"policy": {"mean": 2.0, "low": 1.5, "high": 2.5}, "reference": {"mean": 0.25}},
+        "length": {"policy": 20.25},
+        "kl": {"mean": 3.0, "low": None, "high": None},
+        "unknown": 7,
+    }
+    assert summary.headline(report) == [
+        ("win rate (judge)", "91.4 % [88.0 %, 94.0 %]", ""),
+        ("reward", "2 [1.5, 2.5]", "0.25"),
+        ("KL to the reference (nats)", "3", ""),
+        ("answer length (tokens)", "20.25", ""),
+    ]
+
+
+def test_a_failed_run_shows_no_result_of_an_earlier_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    report = Path("reports/evaluate/metrics.json")
+    report.parent.mkdir(parents=True)
+    report.write_text('{"preference_accuracy": 0.9}')
+    ran = summary.Outcome(stage="dpo", state="ran", seconds=90)
+    summary.show([ran], prefect="here")
+    assert "90.0 %" in (shown := capsys.readouterr().out) and "1.50" in shown
+    summary.show([ran, summary.Outcome(stage="evaluate", state="failed", note="[no] rows")], prefect="here")
+    assert "90.0 %" not in (shown := capsys.readouterr().out) and "[no] rows" in shown
+
+
+def test_make_hands_its_options_to_the_flow():
+    words = ["make", "-n", "run", "TARGET=dpo", "RECIPE=recipes/x.yaml", "DATA=a b"]
+    told = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "-m flows.align --target dpo --recipe recipes/x.yaml --data a b" in " ".join(told.split())
+
+
+@pytest.mark.slow
+def test_a_stage_that_failed_for_outside_reasons_is_tried_again(toy, api):
+    said = toy.run(PREFECT_API_URL=api, TOY_CRASH="verdicts", RANKWISE_RETRY_AFTER_S="0.1 0.1")
+    assert said.returncode == 1
+    assert toy.attempts() == ["prompts", "sft", "verdicts", "verdicts", "verdicts"]
+    assert "error: stage verdicts failed: RuntimeError: the judge is away" in said.stdout
+
+
+@pytest.mark.slow
+def test_a_run_with_its_own_server_keeps_every_row_and_leaves_no_process(toy, monkeypatch):
+    said = toy.run()
+    assert said.returncode == 0, said.stdout
+    own = subprocess.run(["pgrep", "-f", str(toy.root / ".rankwise")], capture_output=True, text=True)
+    assert not own.stdout
+    monkeypatch.chdir(toy.root)
+    monkeypatch.setattr(server, "HOME", Path(".rankwise/prefect"))
+    again = server.Server(server.free_port(), lean=True)
+    try:
+        again.wait()
+        from prefect.client.orchestration import get_client
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        with temporary_settings({PREFECT_API_URL: again.url}), get_client(sync_client=True) as client:
+            assert set(task_runs(client, run_id(said.stdout), len(Toy.ORDER))) == set(Toy.ORDER)
+    finally:
+        again.stop()
+
+
+@pytest.mark.slow
+def test_nothing_that_a_run_starts_looks_up_a_name_outside(toy, tmp_path):
+    """Every Python process of the run (flow, server, dvc, stages) notes the names that it looks up."""
+    trap, noted = tmp_path / "trap", tmp_path / "looked-up"
+    trap.mkdir()
+    (trap / "sitecustomize.py").write_text(
+        "import socket\n_real = socket.getaddrinfo\n"
+        "def _noting(host, *rest, **more):\n"
+        f"    open({str(noted)!r}, 'a').write(f'{{host}}\\n')\n"
+        "    return _real(host, *rest, **more)\n"
+        "socket.getaddrinfo = _noting\n"
+    )
+    # A CI variable alone would switch some telemetry off and hide what is tested here.
+    quiet = {name: "" for name in ("CI", "GITHUB_ACTIONS", "PYTEST_CURRENT_TEST") if name in os.environ}
+    said = toy.run(PYTHONPATH=str(trap), RANKWISE_TRACKING="on", **quiet)
+    assert said.returncode == 0, said.stdout
+    names = set(noted.read_text().split())
+    assert names and names <= {"127.0.0.1", "localhost", "::1", "None"}, names
+
+
+@pytest.mark.slow
+def test_the_deployment_runs_the_same_flow(toy, tmp_path, monkeypatch):
+    """`prefect deploy --all` asks nothing, and a worker runs what it made to the end."""
+    monkeypatch.setattr(server, "HOME", tmp_path / "prefect")
+    shutil.copy(ROOT / "prefect.yaml", toy.root)
+    (toy.root / "flows").symlink_to(ROOT / "flows")
+    running = server.Server(server.free_port(), lean=False)
+    try:
+        running.wait()
+        home = {"PREFECT_API_URL": running.url, "PREFECT_HOME": str(tmp_path / "home")}
+        prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
+        toy.command(*prefect, "work-pool", "create", "rankwise", "--type", "process", **home)
+        toy.command(*prefect, "deploy", "--all", **home)
+        toy.command(*prefect, "deployment", "run", "align/align", "--param", "target=sft", **home)
+        toy.command(*prefect, "worker", "start", "--pool", "rankwise", "--run-once", **home)
+        assert toy.attempts() == ["prompts", "sft"]
+    finally:
+        running.stop()

@@ -1,0 +1,259 @@
+"""Laws of the tracker: MLflow sees everything, and whatever happens to it a stage does not notice."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks import lineage, tracking
+from tasks.tracking_worker import SETTINGS
+
+
+class Killed(BaseException):
+    """As a stage raises it on SIGTERM."""
+
+
+class Sent:
+    """A worker that keeps what it is sent."""
+
+    def __init__(self):
+        self.messages = []
+
+    def send(self, message):
+        self.messages.append(message)
+
+    def end(self, message):
+        self.messages.append(message)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """An empty default store: making its tables takes a second, which one test pays for all."""
+    home = tmp_path_factory.mktemp("made")
+    code = "from tasks import tracking_runs as t; t.open_store()"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW")}
+    subprocess.run(
+        [sys.executable, "-c", code], env={**environment, **SETTINGS, "RANKWISE_HOME": str(home)}, check=True
+    )
+    return home
+
+
+@pytest.fixture
+def store(made, fresh):
+    """The default store, empty, in an empty working folder."""
+    shutil.copytree(made, fresh)
+    return fresh
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """The place of a default store that is still to be made."""
+    for name in ("MLFLOW_TRACKING_URI", "RANKWISE_TRACKING", "RANKWISE_PARENT_RUN", "RANK", "DVC_STAGE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANKWISE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+def client(home: Path):
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ.setdefault(name, "true")
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
+
+
+def runs(home: Path) -> dict:
+    """Every run in a store, by name."""
+    return {run.info.run_name: run for run in client(home).search_runs(["1"])}
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_stage_run_carries_all_that_it_was_told_and_its_headlines_reach_the_parent(store, tmp_path):
+    (tmp_path / "rows.parquet").write_bytes(b"rows")
+    (tmp_path / "note.txt").write_text("a file")
+    with tracking.pipeline_run("align", {"target": "evaluate"}) as pipeline:
+        with tracking.stage_run("dpo", {"beta": 0.1, "lora": {"r": 8}}) as tracker:
+            tracker.dataset(Path("rows.parquet"), "train")
+            for step in range(3):
+                tracker.metrics({"loss": 3.0 - step, "tokens_per_second": 9.0}, step=step)
+            tracker.metrics({"win_rate/mean": 0.8, "time/seconds": 4.0})
+            tracker.table("samples", [{"prompt": "a", "policy": "b"}])
+            tracker.file(tmp_path / "note.txt")
+            tracker.tags({"round": "1"})
+        (tmp_path / "dvc.lock").write_text("stages: {dpo: {cmd: x, outs: [{path: p, md5: abc}]}}")
+        made = pipeline.run_of("dpo", ran=True)
+        assert pipeline.run_of("dpo", ran=False) == made, "a stage taken from the cache leads to the run that made it"
+        assert not pipeline.run_of("sft", ran=False)
+    assert "RANKWISE_PARENT_RUN" not in os.environ
+
+    found = runs(store)
+    dpo, parent = found["dpo"], found["align"]
+    assert dpo.info.run_id == made["run_id"] and dpo.info.run_id in made["url"]
+    assert (dpo.info.status, parent.info.status) == ("FINISHED", "FINISHED")
+    assert dpo.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert dpo.data.tags["round"] == "1"
+    assert dpo.data.params == {"beta": "0.1", "lora.r": "8"}
+    assert parent.data.params == {"target": "evaluate", "dpo.beta": "0.1", "dpo.lora.r": "8"}
+    assert dpo.data.metrics == {"loss": 1.0, "tokens_per_second": 9.0, "win_rate/mean": 0.8, "time/seconds": 4.0}
+    assert parent.data.metrics == {"dpo/loss": 1.0, "dpo/win_rate/mean": 0.8}
+    assert [m.value for m in client(store).get_metric_history(parent.info.run_id, "dpo/loss")] == [3.0, 2.0, 1.0]
+    dataset = dpo.inputs.dataset_inputs[0]
+    assert (dataset.dataset.name, dataset.dataset.digest) == ("rows.parquet", lineage.md5_of(tmp_path / "rows.parquet"))
+    assert dataset.tags[0].value == "train"
+    assert {file.path for file in client(store).list_artifacts(dpo.info.run_id)} == {"note.txt", "samples.json"}
+    assert "win_rate" in dpo.data.tags["mlflow.note.content"]
+    assert f"[dpo](#/experiments/1/runs/{dpo.info.run_id}" in parent.data.tags["mlflow.note.content"]
+
+
+def test_a_dead_tracker_changes_nothing_and_costs_seconds(store, monkeypatch, capfd):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
+    began = time.monotonic()
+    with tracking.stage_run("dpo", {"beta": 0.1}) as tracker:
+        for step in range(200):
+            tracker.metrics({"loss": 1.0}, step=step)
+        assert tracker.run_id is None
+        assert tracker.model(Path("models/policy"), "rankwise-policy") is None
+        tracker.metrics({"loss": 1.0})
+    assert time.monotonic() - began < 15
+    told = capfd.readouterr()
+    assert told.err.count("warning:") == 1 and len(told.err.splitlines()) == 1, told.err
+    assert "results are not affected" in told.err and told.out == ""
+
+
+def test_a_server_that_never_answers_costs_seconds(store, monkeypatch, capfd):
+    monkeypatch.setattr(tracking, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(tracking, "PATIENCE_STOPPED_S", 1.0)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        with tracking.stage_run("dpo", {}) as tracker:
+            tracker.metrics({"loss": 1.0}, step=1)
+        assert time.monotonic() - began < 5
+    assert capfd.readouterr().err.count("warning:") == 1
+
+
+@pytest.mark.parametrize(
+    "failure, status, error", [(ValueError("bad"), "FAILED", "ValueError: bad"), (Killed(), "KILLED", "")]
+)
+def test_an_exception_ends_its_run_and_goes_on(monkeypatch, failure, status, error):
+    worker = Sent()
+    monkeypatch.setenv("RANKWISE_TRACKING", "on")
+    monkeypatch.setattr(tracking, "_Worker", lambda start: worker)
+    with pytest.raises(type(failure)), tracking.stage_run("dpo", {}):
+        raise failure
+    assert worker.messages == [{"do": "end", "status": status, "error": error}]
+
+
+def test_a_failed_stage_says_why_on_its_page(store):
+    with pytest.raises(ValueError), tracking.stage_run("dpo", {}) as tracker:
+        tracker._worker._process.stdin.write(b'\n{"do": "metrics", "values": {"lo')
+        tracker.metrics({"loss": 2.0}, step=1)
+        raise ValueError("row 7 is empty")
+    run = runs(store)["dpo"]
+    assert run.info.status == "FAILED" and "row 7 is empty" in run.data.tags["mlflow.note.content"]
+    assert run.data.metrics == {"loss": 2.0}, "a line cut short by a signal spoils no other"
+
+
+def test_a_killed_stage_is_not_left_running(store):
+    """kill -9 of a stage, which can say nothing any more: its run ends KILLED and keeps what was sent."""
+    code = (
+        "import time; from tasks import tracking\n"
+        "with tracking.stage_run('dpo', {}) as t:\n"
+        "    t.metrics({'loss': 2.0}, step=1); print(t.run_id, flush=True); time.sleep(60)"
+    )
+    stage = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert stage.stdout.readline().strip()
+    stage.send_signal(signal.SIGKILL)
+    stage.wait()
+    deadline = time.monotonic() + 15
+    while runs(store)["dpo"].info.status == "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run = runs(store)["dpo"]
+    assert run.info.status == "KILLED" and run.data.metrics == {"loss": 2.0}
+
+
+def test_two_first_stages_at_once_share_a_fresh_store(fresh):
+    code = (
+        "import sys; from tasks import tracking\n"
+        "with tracking.stage_run(sys.argv[1], {'k': 4}) as t:\n"
+        "    for i in range(600): t.metrics({'loss': float(i), 'kl': 1.0}, step=i)"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code, name], stderr=subprocess.PIPE) for name in ("a", "b")]
+    told = [stage.communicate(timeout=60)[1].decode() for stage in both]
+    assert told == ["", ""]
+    found = runs(fresh)
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    assert all(run.data.metrics["loss"] == 599.0 for run in found.values())
+
+
+@pytest.mark.parametrize("name, value", [("RANKWISE_TRACKING", "off"), ("RANK", "1")])
+def test_switched_off_or_on_another_rank_nothing_is_started(fresh, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with tracking.stage_run("dpo", {}) as tracker:
+        tracker.metrics({"loss": 1.0})
+        assert tracker.run_id is None
+    assert not fresh.exists()
+
+
+def test_a_worker_that_crashes_is_told_of_and_changes_nothing(store, capfd):
+    with tracking.stage_run("dpo", {}) as tracker:
+        assert tracker.run_id
+        tracker._worker._process.kill()
+        tracker._worker._process.wait()
+        tracker.metrics({"loss": 1.0}, step=1)
+    assert capfd.readouterr().err.count("warning:") == 1
+
+
+def test_a_long_run_is_thinned_and_keeps_its_first_and_last_points():
+    worker = Sent()
+    tracker = tracking.Tracker(worker)
+    for step in range(10_001):
+        tracker.metrics({"loss": 1.0}, step=step)
+    tracker.metrics({"final": 1.0})
+    tracker._end("FINISHED")
+    steps = [message["step"] for message in worker.messages if message["do"] == "metrics"]
+    assert steps[:1000] == list(range(1000))
+    assert 10_000 in steps and len(steps) < 5000
+    assert steps.count(None) == 1
+
+
+def test_a_step_pays_microseconds_for_being_tracked(store):
+    """Under 2 % of a 10 ms step, while the worker is still importing MLflow and reads nothing but the pipe."""
+    values = {f"metric_{index}": 0.123456789 for index in range(15)}
+    with tracking.stage_run("dpo", {}) as tracker:
+        began = time.process_time()
+        for step in range(1000):
+            tracker.metrics(values, step=step)
+        assert (time.process_time() - began) / 1000 < 0.02 * 0.010
+
+
+def test_stages_do_not_import_mlflow():
+    code = "import sys, tasks.tracking, tasks.tracking_ui, tasks.register; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_ui_command_serves_this_machine_only_and_needs_a_store(fresh):
+    command = [sys.executable, "-m", "tasks.tracking", "ui", "--print"]
+    before = subprocess.run(command, capture_output=True, text=True)
+    assert before.returncode == 2 and "no runs yet" in before.stderr
+    (fresh / "mlflow").mkdir(parents=True)
+    (fresh / "mlflow" / "mlflow.db").touch()
+    told = subprocess.run(command, capture_output=True, text=True).stdout
+    assert "--host 127.0.0.1" in told and "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false" in told
+    assert f"sqlite:///{fresh}/mlflow/mlflow.db" in told
