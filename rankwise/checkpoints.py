@@ -87,7 +87,8 @@ def load_reward_model(folder: str | Path) -> PreTrainedModel:
 def new_reward_model(folder: str | Path, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
     """A causal LM's body with a fresh scalar head, which starts at zero so that every answer starts equal."""
     torch.manual_seed(seed)
-    model = _load(AutoModelForSequenceClassification, folder, num_labels=1)
+    with _quiet():  # the library reports at length that the new head is new
+        model = _load(AutoModelForSequenceClassification, folder, num_labels=1)
     nn.init.zeros_(model.score.weight)
     model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return model
@@ -138,6 +139,16 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load_file(path), notes
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not a readable checkpoint ({error}); delete it and run again") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def _load(auto: type, folder: str | Path, *, trust_remote_code: bool = False, **overrides: Any) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TextIO
@@ -55,11 +56,10 @@ class Progress:
         left = (self._total - self._done) / rate if rate > 0 else float("inf")
         eta = f", {left:.0f} s left" if 0 < left < 1e6 else ""
         tail = f"  {notes}" if notes else ""
-        print(
-            f"{self._what}: {self._done}/{self._total} {self._unit}s, {rate:.3g} {self._unit}s/s{eta}{tail}",
-            file=self._stream,
-            flush=True,
-        )
+        line = f"{self._what}: {self._done}/{self._total} {self._unit}s, {rate:.3g} {self._unit}s/s{eta}{tail}"
+        # The reader of a log may die before us; the work is not to be lost with it.
+        with contextlib.suppress(BrokenPipeError):
+            print(line, file=self._stream, flush=True)
         self._spoke, self._last_shown = time.monotonic(), self._done
 
 

@@ -232,8 +232,8 @@ class _Run:
             for name, p in self.parameters.items():
                 if f"weight/{name}" not in tensors or tensors[f"weight/{name}"].shape != p.shape:
                     raise UserError(
-                        f"{self.checkpoint}: the checkpoint is of another model ({name} is missing or of another shape); "
-                        "delete it to start afresh"
+                        f"{self.checkpoint}: the checkpoint is of another model ({name} differs); "
+                        "delete it to begin anew"
                     )
                 p.copy_(tensors[f"weight/{name}"])
                 prefix = f"optimizer/{name}/"

@@ -152,8 +152,8 @@ def _check_start(learner: PreferenceLearner, rows: list[TokenRow], params: Param
     if not worst <= START_TOLERANCE[params.precision]:
         raise UserError(
             f"the policy is not its reference at step 0: log-probabilities differ by up to {worst:.2g} nats a token "
-            f"(numerics explain {START_TOLERANCE[params.precision]:.0e}); the reference pass saw other weights, another "
-            "tokenizer or another precision. Delete data/reference_logprobs.parquet and run dvc repro dpo"
+            f"(numerics explain {START_TOLERANCE[params.precision]:.0e}); the reference pass saw other weights, "
+            "another tokenizer or precision. Delete data/reference_logprobs.parquet and run dvc repro dpo"
         )
     return {"loss": loss / len(some), "expected": expected / len(some)}
 

@@ -203,7 +203,8 @@ def _agreement(judge: Judged, gold: Judged) -> dict[str, float]:
     decided = [(a, b) for a, b in zip(judge.odds, gold.odds) if a and b]
     found = {"pairs": sum((a > 0) == (b > 0) for a, b in decided) / max(1, len(decided))}
     if judge.scores and gold.scores:
-        found["correlation"] = correlation(sum(judge.scores.values(), []), sum(gold.scores.values(), []))
+        pooled = [[*side.scores["policy"], *side.scores["reference"]] for side in (judge, gold)]
+        found["correlation"] = correlation(*pooled)
     return found
 
 

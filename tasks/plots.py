@@ -85,19 +85,19 @@ def reward_histogram(
     unit: str = "judge's reward",
 ) -> None:
     """Two distributions of rewards over the same bins, with their means."""
-    _two_histograms(policy, reference, path, title=title, unit=unit, digits=2)
+    _histograms(policy, reference, path, title=title, unit=unit, digits=2)
 
 
 def length_histogram(
     policy: Sequence[float],
-    reference: Sequence[float],
+    reference: Sequence[float] | None,
     path: Path,
     *,
     title: str = "Answer lengths: does the policy win by writing more?",
     unit: str = "tokens an answer",
 ) -> None:
-    """Two distributions of answer lengths over the same bins, with their means."""
-    _two_histograms(policy, reference, path, title=title, unit=unit, digits=1)
+    """Answer lengths with their mean; beside the reference's, over the same bins, where there is one."""
+    _histograms(policy, reference, path, title=title, unit=unit, digits=1)
 
 
 def win_rates(rows: list[dict[str, Any]], path: Path, *, title: str = "Win rate of the policy") -> None:
@@ -174,13 +174,16 @@ def rank_changes(changes: list[list[float]], path: Path, *, title: str = "Log-pr
         axis.grid(axis="x", visible=False)
 
 
-def _two_histograms(
-    policy: Sequence[float], reference: Sequence[float], path: Path, *, title: str, unit: str, digits: int
+def _histograms(
+    policy: Sequence[float], reference: Sequence[float] | None, path: Path, *, title: str, unit: str, digits: int
 ) -> None:
-    low, high = min(*policy, *reference), max(*policy, *reference)
+    everything = [*policy, *(reference or ())]
+    low, high = min(everything), max(everything)
     edges = [low + (high - low or 1.0) * index / 30 for index in range(31)]
     with _figure(path, title) as (axis,):
         for values, name, colour in ((reference, "reference", ORANGE), (policy, "policy", BLUE)):
+            if values is None:
+                continue
             mean = sum(values) / len(values)
             weights = [100 / len(values)] * len(values)
             axis.hist(

@@ -46,6 +46,7 @@ HEAD = """\
 # `python -m tasks.recipe` writes this file anew (defaults, or a recipe); edit it as you like in between.
 """
 COLUMN = 44  # where comments begin
+_ABSENT = object()  # a key that the recipe leaves alone; null is a value
 
 
 def apply(recipe: Path | None, params_file: Path = Path("params.yaml")) -> list[str]:
@@ -71,22 +72,18 @@ def render(overlay: dict[str, Any], *, where: str = "recipe") -> str:
     parts = [HEAD]
     for name in STAGES:
         params_type = importlib.import_module(f"tasks.{name}").Params
-        values = merge(defaults(params_type), overlay.get(name) or {})
+        values = merged(params_type(), overlay.get(name) or {})
         build(params_type, values, where=f"{where}: {name}")
         parts.append("\n".join([f"{name}:", *_lines(params_type, values, indent="  ")]) + "\n")
     return "\n".join(parts)
 
 
-def defaults(params_type: type) -> dict[str, Any]:
-    """A params dataclass' defaults as plain values."""
-    return {spec.name: _plain(default_of(spec)) for spec in fields(params_type)}
-
-
-def merge(base: Any, overlay: Any) -> Any:
-    """Overlay over base, mapping by mapping; anything else is replaced."""
-    if isinstance(base, dict) and isinstance(overlay, dict):
-        return {**base, **{key: merge(base.get(key), value) for key, value in overlay.items()}}
-    return overlay
+def merged(default: Any, overlay: Any) -> Any:
+    """A params dataclass with a recipe's values over it, as plain values: sections merge, anything else is replaced."""
+    if not is_dataclass(default) or not isinstance(overlay, dict):
+        return _plain(default) if overlay is _ABSENT else overlay
+    own = {spec.name: merged(getattr(default, spec.name), overlay.get(spec.name, _ABSENT)) for spec in fields(default)}
+    return {**own, **{key: value for key, value in overlay.items() if key not in own}}
 
 
 def link_sources(paths: Sequence[Path], source: Path = Path("data/source")) -> list[Path]:
