@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Embedded:
-    vocabulary: int = param(1536, "tokens in the tokenizer", ge=300)
-    hidden: int = param(192, "width", ge=8)
-    layers: int = param(4, "transformer blocks", ge=1)
-    heads: int = param(3, "attention heads", ge=1)
+    vocabulary: int = param(2560, "tokens in the tokenizer", ge=300)
+    hidden: int = param(256, "width", ge=8)
+    layers: int = param(2, "transformer blocks", ge=1)
+    heads: int = param(4, "attention heads", ge=1)
     context: int = param(256, "longest prompt + answer, tokens", ge=16)
 
 

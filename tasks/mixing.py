@@ -18,7 +18,7 @@ from rankwise.types import Answer, Row, UserError, show_prompt, text_prompt
 from tasks.formats import HUB
 from tasks.params import build, default_of
 from tasks.sources import File, read_examples, same
-from tasks.tables import JUDGED, RANKED, TRAINED, keys
+from tasks.tables import JUDGED, TRAINED, keys
 
 Tables = dict[str, list[Row]]
 Counts = dict[str, Counter[str]]
@@ -34,19 +34,16 @@ def from_corpus(sizes: dict[str, int], *, seed: int, opening_words: int) -> tupl
     if opening_words < 1:
         raise UserError("prompts.opening_words: at least 1 is needed with source: embedded, found 0")
     counts: Counts = {name: Counter() for name in sizes}
-    texts = {name: size * (2 if name in RANKED else 1) for name, size in sizes.items()}
-    pool = _corpus_rows(FURTHEST * sum(texts.values()), seed, opening_words)
+    pool = _corpus_rows(FURTHEST * 2 * sum(sizes.values()), seed, opening_words)
     tables = {"eval": _take(pool, sizes["eval"], unlike=set(), once=True)}
     held = {show_prompt(row.prompt) for row in tables["eval"]}
     tables["rollout"] = _take(pool, sizes["rollout"], unlike=held, once=True)
     for name in JUDGED:
-        tables[name] = _take_both(pool, sizes[name], unlike=held)
+        tables[name] = _take_pairs(pool, sizes[name], unlike=held)
     tables["sft"] = _take(pool, sizes["sft"], unlike=held, once=False)
-    if all(len(tables[name]) == size for name, size in texts.items()):
-        for name in JUDGED:
-            tables[name] = _pairs(tables[name], "positive", "negative", seed, counts[name])
+    if all(len(tables[name]) == size for name, size in sizes.items()):
         return tables, counts
-    found = ", ".join(f"{name} {len(tables[name])} of {size} texts" for name, size in texts.items())
+    found = ", ".join(f"{name} {len(tables[name])} of {size} rows" for name, size in sizes.items())
     raise UserError(
         f"prompts.embedded: too few different openings of {opening_words} words ({found}); "
         "raise prompts.opening_words or lower the sizes of rollout and eval"
@@ -128,7 +125,7 @@ def _corpus_rows(count: int, seed: int, opening_words: int) -> Iterator[Row]:
     for index in range(count):
         review = draft(seed, index)
         prompt, rest = opening(review.text, opening_words)
-        meta = {"label": "positive" if review.score > 0 else "negative"}
+        meta = {"label": "positive" if review.score > 0 else "negative", "rating": round(5.5 + 4.5 * review.score)}
         own = Answer(text=rest, source="dataset")
         yield Row(id=f"review-{index:06d}", prompt=text_prompt(prompt), answers=(own,), meta=meta)
 
@@ -145,14 +142,17 @@ def _take(pool: Iterator[Row], count: int, *, unlike: set[str], once: bool) -> l
     return taken
 
 
-def _take_both(pool: Iterator[Row], count: int, *, unlike: set[str]) -> list[Row]:
-    """The next rows of the pool, `count` of either label, whose prompt is not in `unlike`."""
-    sides: dict[str, list[Row]] = {"positive": [], "negative": []}
-    while min(map(len, sides.values())) < count and (row := next(pool, None)) is not None:
-        side = sides[row.meta["label"]]
-        if len(side) < count and show_prompt(row.prompt) not in unlike:
-            side.append(row)
-    return [*sides["positive"], *sides["negative"]]
+def _take_pairs(pool: Iterator[Row], count: int, *, unlike: set[str]) -> list[Row]:
+    """Pairs of neighbours of the pool with different ratings, the better rated text above, no prompt in `unlike`.
+
+    Ratings teach a judge more than the two labels would: how much better, and what a mixed review is worth.
+    """
+    usable = (row for row in pool if show_prompt(row.prompt) not in unlike)
+    pairs: list[Row] = []
+    while len(pairs) < count and (first := next(usable, None)) and (second := next(usable, None)):
+        if first.meta["rating"] != second.meta["rating"]:
+            pairs.append(_pair(*sorted((first, second), key=lambda row: -row.meta["rating"])))
+    return pairs
 
 
 # Holding out ---------------------------------------------------------------------------------------------------------
@@ -245,16 +245,13 @@ def _pairs(rows: list[Row], positive: int | str, negative: int | str, seed: int,
     ):
         if count:
             left_out[reason] += count
-    return [
-        Row(
-            id=f"{good.id}|{bad.id}",
-            prompt=text_prompt(""),
-            answers=tuple(
-                Answer(text=_whole(row), rank=rank, source="dataset") for rank, row in enumerate((good, bad))
-            ),
-        )
-        for good, bad in zip(better, worse)
-    ]
+    return [_pair(good, bad) for good, bad in zip(better, worse)]
+
+
+def _pair(better: Row, worse: Row) -> Row:
+    """Two whole texts, no prompt before them."""
+    answers = (Answer(text=_whole(row), rank=rank, source="dataset") for rank, row in enumerate((better, worse)))
+    return Row(id=f"{better.id}|{worse.id}", prompt=text_prompt(""), answers=tuple(answers))
 
 
 def _whole(row: Row) -> str:

@@ -33,9 +33,9 @@ class Sizes:
     """Rows a table of the embedded corpus."""
 
     sft: int = param(6000, "reviews to imitate", ge=1)
-    rollout: int = param(600, "prompts to answer, no two alike", ge=1)
+    rollout: int = param(2000, "prompts to answer, no two alike", ge=1)
     eval: int = param(300, "held-out prompts, no two alike", ge=1)
-    labelled: int = param(1500, "pairs (a positive, a negative review) to train the judge on", ge=1)
+    labelled: int = param(2000, "pairs of reviews with different ratings, to train the judge on", ge=1)
     labelled_test: int = param(300, "pairs to measure the judge on", ge=1)
 
 
@@ -57,7 +57,7 @@ class Params:
 
     source: Literal["embedded", "files"] = param("embedded", "embedded: the generated corpus; files: data/source")
     seed: int = param(1, "draws the corpus, the samples (limit), the pairs and the held-out share")
-    opening_words: int = param(6, "words of a plain text that make its prompt; 0: the whole text is an answer", ge=0)
+    opening_words: int = param(8, "words of a plain text that make its prompt; 0: the whole text is an answer", ge=0)
     eval_share: float = param(0.1, "share of groups (or prompts) held out where no eval file is given", ge=0, le=0.9)
     embedded: Sizes = param(Sizes, "rows a table, for source: embedded")
     files: Files = param(Files, "what is read for each role, for source: files")

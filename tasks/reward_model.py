@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Params(TrainingParams):
     enabled: bool = param(True, "train the reward model; false where another judge gives the verdicts")
+    epochs: int = param(2, "passes over the rows", ge=1)
     learning_rate: float = param(1e-3, "peak learning rate of AdamW", gt=0)
+    batch_size: int = param(16, "rows (prompts) an optimizer step, over all processes", ge=1)
     max_tokens: int = param(0, "longest prompt + answer, tokens; a longer answer loses its end; 0 is no limit", ge=0)
 
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Params(TrainingParams):
     epochs: int = param(3, "passes over the rows; 0 keeps the base model as it is", ge=0)
-    learning_rate: float = param(4e-3, "peak learning rate of AdamW", gt=0)
-    batch_size: int = param(64, "rows (prompts) an optimizer step, over all processes", ge=1)
+    learning_rate: float = param(1.5e-3, "peak learning rate of AdamW", gt=0)
+    batch_size: int = param(16, "rows (prompts) an optimizer step, over all processes", ge=1)
     held_out: int = param(200, "rows kept out of training to measure the loss on", ge=0)
     max_prompt_tokens: int = param(0, "a longer prompt loses its beginning; 0 is no limit", ge=0)
     max_answer_tokens: int = param(0, "a longer answer loses its end; 0 is no limit", ge=0)

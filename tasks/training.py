@@ -27,8 +27,11 @@ class TrainingParams:
     schedule: Literal["constant", "linear", "cosine"] = param("cosine", "how the learning rate falls after warm-up")
     warmup_share: float = param(0.05, "share of all steps over which the learning rate rises", ge=0, le=1)
     batch_size: int = param(32, "rows (prompts) an optimizer step, over all processes", ge=1)
-    micro_batch_tokens: int = param(4096, "token positions a forward pass: memory grows with it, results do not", ge=1)
+    micro_batch_tokens: int = param(2048, "token positions a forward pass: memory grows with it, results do not", ge=1)
     weight_decay: float = param(0.0, "AdamW weight decay, on matrices only", ge=0)
+    adam_beta2: float = param(
+        0.95, "decay of AdamW's second moment; 0.999 averages over more steps than short runs have", ge=0, le=1
+    )
     max_grad_norm: float = param(1.0, "gradients are clipped to this norm; 0 is no clipping", ge=0)
     precision: Literal["fp32", "medium", "bf16"] = param(
         "fp32", "fp32: exact; medium: fp32 with bf16 products inside matmuls; bf16: autocast"
