@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rankwise.rendering import TokenRow
+from rankwise.types import UserError
 
 PROMPT = -1  # the answer number of a prompt's own tokens
 
@@ -29,7 +30,7 @@ class AnswerBatch:
     ids: tuple[str, ...]  # [B] row ids, in the caller's order
     answer_rows: Tensor  # [A] which of the B prompts an answer belongs to
     answer_slots: Tensor  # [A] its place among that prompt's answers, 0 first
-    ranks_BK: Tensor | None  # [B, K] equal numbers tie; None when every ranking is strict
+    ranks_BK: Tensor | None  # [B, K] equal numbers tie; None when answers lie best first and none are tied
     mask_BK: Tensor  # [B, K] True where an answer exists
 
     def to(self, device: torch.device | str) -> Self:
@@ -75,6 +76,7 @@ class Batch(AnswerBatch):
 
 def shared_rows(rows: Sequence[TokenRow], pad_id: int) -> Batch:
     """Each prompt once, its answers beside it; several trees to a tensor row, packed first-fit by length."""
+    _refuse_empty_prompts(rows)
     capacity = max(row.positions for row in rows)
     bins: list[list[int]] = []
     room: list[int] = []
@@ -95,6 +97,7 @@ def shared_rows(rows: Sequence[TokenRow], pad_id: int) -> Batch:
 
 def padded_rows(rows: Sequence[TokenRow], pad_id: int) -> Batch:
     """Every answer in a tensor row of its own behind a copy of its prompt, padded on the right."""
+    _refuse_empty_prompts(rows)
     longest = max(row.longest_path for row in rows)
     layout = _Layout(sum(len(row.answers_ids) for row in rows), longest, pad_id)
     r = 0
@@ -103,6 +106,14 @@ def padded_rows(rows: Sequence[TokenRow], pad_id: int) -> Batch:
             layout.add_tree(r, index, row.prompt_ids, [(slot, answer)])
             r += 1
     return layout.batch(rows, is_tree=False)
+
+
+def _refuse_empty_prompts(rows: Sequence[TokenRow]) -> None:
+    if empty := [row.id for row in rows if not row.prompt_ids]:
+        raise UserError(
+            f"rows without a prompt token: {', '.join(empty[:10])} ({len(empty)} in all); a model predicts their "
+            "first answer token from nothing: give them a prompt, or a tokenizer that adds a BOS token"
+        )
 
 
 class _Layout:
@@ -157,10 +168,10 @@ class _Layout:
 
 
 def answer_grid(rows: Sequence[TokenRow]) -> tuple[Tensor, Tensor | None]:
-    """Which answers exist, [B, K], and their ranks, [B, K], or None when no two are tied."""
+    """Which answers exist, [B, K], and their ranks, [B, K], or None when the order of the answers says it all."""
     width = max(len(row.answers_ids) for row in rows)
     mask_BK = torch.tensor([[k < len(row.answers_ids) for k in range(width)] for row in rows])
-    if all(len(set(row.ranks)) == len(row.ranks) for row in rows):
+    if all(list(row.ranks) == sorted(set(row.ranks)) for row in rows):
         return mask_BK, None
     return mask_BK, torch.tensor([[*row.ranks, *[10**6] * (width - len(row.ranks))] for row in rows])
 

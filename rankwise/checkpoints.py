@@ -117,9 +117,8 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout"):
-        if isinstance(getattr(model.config, name, None), float):
-            setattr(model.config, name, 0.0)
+        _zero_dropouts(module)  # attention keeps a number of its own, copied from the config when it was built
+    _zero_dropouts(model.config)
     return model
 
 
@@ -161,13 +160,20 @@ def _load(auto: type, folder: str | Path, *, trust_remote_code: bool = False, **
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    # transformers reports weights of another shape than the config's by a bare RuntimeError.
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{folder}: not a usable model ({_first_line(error)}); "
             "a Hugging Face folder or hub id with config.json and *.safetensors is expected "
             "(weights in .bin files are pickles and are refused: convert them to safetensors)"
         ) from error
     return without_dropout(model)
+
+
+def _zero_dropouts(holder: object) -> None:
+    for name, value in vars(holder).items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(holder, name, 0.0)
 
 
 def _first_line(error: Exception) -> str:

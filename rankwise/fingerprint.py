@@ -11,9 +11,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rankwise.types import UserError
+
 CHUNK_BYTES = 1 << 20
 WEIGHT_FILES = ("*.safetensors", "config.json")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
+    *("tokenizer.model", "*.spm", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"),  # older layouts
+)
 
 
 def digest(*parts: Any) -> str:
@@ -43,4 +48,6 @@ def tokenizer_digest(folder: Path) -> str:
 
 def _files_digest(folder: Path, patterns: tuple[str, ...]) -> str:
     files = sorted({path for pattern in patterns for path in Path(folder).glob(pattern)})
+    if not files:
+        raise UserError(f"{folder}: holds none of {', '.join(patterns)}; a model folder is expected")
     return digest([(path.name, file_digest(path)) for path in files])

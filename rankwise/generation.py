@@ -103,9 +103,11 @@ class _Decoder:
         self.model, self.prompts, self.sampling = model, prompts, sampling
         self.k = [len(s) for s in seeds]
         self.seeds = [seed for s in seeds for seed in s]
-        longest = max(map(len, prompts))
         # The context may be shorter than prompt + answer: then the answer is cut there, as by any length limit.
-        self.steps = min(sampling.max_new_tokens, limit - longest) if limit else sampling.max_new_tokens
+        most = sampling.max_new_tokens
+        rooms = [min(most, limit - len(p)) if limit else most for p in prompts]
+        self.rooms = [room for room, k in zip(rooms, self.k) for _ in range(k)]
+        self.steps = max(self.rooms)
         self.ends = torch.tensor(ends, device=model.device)
         uniform = [
             np.random.Generator(np.random.Philox(key=s)).random(self.steps, dtype=np.float32) for s in self.seeds
@@ -114,15 +116,17 @@ class _Decoder:
         self.tokens: list[list[int]] = [[] for _ in self.seeds]
         self.logps = [0.0] * len(self.seeds)
         self.reasons = ["length"] * len(self.seeds)
+        self.closed = [False] * len(self.seeds)
 
     def run(self) -> list[list[Sampled]]:
         logits, cache, mask, position = self._prefill()
         open_ = torch.arange(len(self.seeds), device=logits.device)
         for step in range(self.steps):
             token_S, logp_S = _draw(logits, self.uniform[open_, step], self.sampling)
-            ended_S = torch.isin(token_S, self.ends)
-            self._note(open_.tolist(), token_S.tolist(), logp_S.tolist(), ended_S.tolist())
-            if bool(ended_S.all()) or step == self.steps - 1:
+            rows = open_.tolist()
+            self._note(rows, token_S.tolist(), logp_S.tolist(), torch.isin(token_S, self.ends).tolist())
+            ended_S = torch.tensor([self.closed[row] for row in rows], device=logits.device)
+            if bool(ended_S.all()):
                 break
             # Rows that ended are dropped once they are an eighth of the batch: dropping copies the cache.
             if int(ended_S.sum()) * 8 >= len(open_) or (bool(ended_S.any()) and len(open_) <= 32):
@@ -156,12 +160,13 @@ class _Decoder:
 
     def _note(self, rows: list[int], tokens: list[int], logps: list[float], ended: list[bool]) -> None:
         for row, token, logp, end in zip(rows, tokens, logps, ended):
-            if self.reasons[row] == "stop":
+            if self.closed[row]:
                 continue  # ended earlier, still in the batch until the next drop
             self.tokens[row].append(token)
             self.logps[row] += logp
             if end:
                 self.reasons[row] = "stop"
+            self.closed[row] = end or len(self.tokens[row]) == self.rooms[row]
 
     def _answers(self) -> list[list[Sampled]]:
         flat = [

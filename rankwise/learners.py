@@ -74,7 +74,7 @@ class PreferenceSettings:
     beta: float = 0.1  # strength of the KL term; higher keeps the policy closer to the reference
     loss: Loss = "plackett_luce"
     label_smoothing: float = 0.0  # probability that a ranking is the wrong way round
-    length_normalised: bool = False  # log-ratios per token instead of per answer
+    length_normalised: bool = False  # log-ratios per token, so that longer answers earn no margin by length
 
 
 class PreferenceLearner:
@@ -95,9 +95,10 @@ class PreferenceLearner:
     def losses(self, output: AnswerLogps, batch: Batch) -> RowLosses:
         policy_BK, reference_BK = batch.by_prompt(output.sum_A), self.reference_logps(batch)
         ratio_BK = policy_BK - reference_BK
+        s_BK = implicit_rewards(policy_BK, reference_BK, self._settings.beta)
         if self._settings.length_normalised:
-            ratio_BK = length_normalised(ratio_BK, batch.by_prompt(output.tokens_A))
-        s_BK = implicit_rewards(ratio_BK, torch.zeros_like(ratio_BK), self._settings.beta)
+            scaled_BK = length_normalised(ratio_BK, batch.by_prompt(output.tokens_A), batch.mask_BK)
+            s_BK = self._settings.beta * scaled_BK
         loss_B = preference_loss(
             s_BK,
             batch.mask_BK,

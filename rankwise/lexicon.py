@@ -673,7 +673,7 @@ def read(text: str, start: int) -> list[Opinion]:
 def _match(words: list[str], at: int) -> tuple[Entry | None, int]:
     """The longest known phrase that starts here and its length in words; (None, 1) where there is none."""
     phrases, longest = known_phrases()
-    for size in range(longest.get(words[at], 0), 0, -1):
+    for size in range(min(longest.get(words[at], 0), len(words) - at), 0, -1):
         if entry := phrases.get(tuple(words[at : at + size])):
             return entry, size
     return None, 1

@@ -133,9 +133,15 @@ def sft_loss(logp_BK: Tensor, tokens_BK: Tensor, mask_BK: Tensor) -> Tensor:
     return -(logp_BK * mask_BK).sum(1)
 
 
-def length_normalised(logp_BK: Tensor, tokens_BK: Tensor) -> Tensor:
-    """Log-probability per token; with it in place of the sum, β weighs answers of all lengths alike."""
-    return logp_BK / tokens_BK.clamp(min=1)
+def length_normalised(logratio_BK: Tensor, tokens_BK: Tensor, mask_BK: Tensor) -> Tensor:
+    """Log-ratios per token, times the mean length of the prompt's answers, so that β keeps its scale, [B, K].
+
+    A sum over tokens lets a policy widen a margin by writing longer answers; a mean does not (Meng et al. 2024, SimPO,
+    https://arxiv.org/abs/2405.14734, and the length-normalised DPO of Lambert et al. 2024, Tulu 3,
+    https://arxiv.org/abs/2411.15124).
+    """
+    mean_B1 = (tokens_BK * mask_BK).sum(1, keepdim=True) / mask_BK.sum(1, keepdim=True)
+    return logratio_BK * mean_B1 / tokens_BK.clamp(min=1)
 
 
 def _pairs(mask_BK: Tensor, ranks_BK: Tensor | None) -> Tensor:

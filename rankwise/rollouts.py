@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rankwise.checkpoints import Precision, device, load_causal_lm, load_tokenizer
-from rankwise.fingerprint import digest, tokenizer_digest, weights_digest
+from rankwise.fingerprint import digest, file_digest, tokenizer_digest, weights_digest
 from rankwise.generation import Sampling, end_tokens, sample, seed_of
 from rankwise.progress import Progress
 from rankwise.rendering import Renderer
@@ -45,6 +45,8 @@ def sample_rows(prompts: Sequence[Row], request: Request, store: Store) -> tuple
     prompt_ids = [list(renderer.render(row, ()).prompt_ids) for row in prompts]
     seeds = [[seed_of(request.seed, row.id, request.round, n) for n in range(request.k)] for row in prompts]
     model = [weights_digest(request.folder), tokenizer_digest(request.folder)]
+    # It may name further end tokens (generation.end_tokens).
+    model += [file_digest(path) for path in Path(request.folder).glob("generation_config.json")]
     identity = [*model, request.sampling.identity(), request.precision]
     keys = [digest("rollout", identity, ids, mine) for ids, mine in zip(prompt_ids, seeds)]
     found = store.get_many(keys)

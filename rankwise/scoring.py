@@ -49,8 +49,7 @@ class LogpModel(nn.Module):
 
     def batch(self, rows: list[TokenRow], pad_id: int) -> Batch:
         """Lay rows out the way that this model can take."""
-        window = _window(_plain(self.model))
-        shared = self.layout == "shared" and (window is None or max(row.longest_path for row in rows) <= window)
+        shared = self.layout == "shared" and _within_window(_plain(self.model), rows)
         return shared_rows(rows, pad_id) if shared else padded_rows(rows, pad_id)
 
     def forward(self, batch: Batch) -> AnswerLogps:
@@ -59,7 +58,7 @@ class LogpModel(nn.Module):
         hidden_RLH = _backbone(plain)(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            attention_mask=batch.attention_mask(),
+            attention_mask=_mask(plain, batch),
             use_cache=False,
         ).last_hidden_state
         hidden_NH = hidden_RLH.flatten(0, 1)[batch.source_index]
@@ -90,12 +89,25 @@ def _head_scale(model: PreTrainedModel) -> float:
     return getattr(config, "logit_scale", None) or 1.0
 
 
-def _window(model: PreTrainedModel) -> int | None:
-    """The sliding attention window in tokens; a longer path needs the model's own mask, so padded rows."""
+def _mask(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The batch's mask as the model's attention takes it: eager attention adds it to the scores."""
+    mask = batch.attention_mask()
+    if batch.is_tree and model.config._attn_implementation == "eager":
+        return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
+            ~mask, torch.finfo(model.dtype).min
+        )
+    return mask
+
+
+def _within_window(model: PreTrainedModel, rows: list[TokenRow]) -> bool:
+    """Whether every answer sees its whole past; where a local window hides some, the model's own mask is needed."""
     config = model.config
-    if getattr(config, "use_sliding_window", True) is False:
-        return None
-    return getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    if getattr(config, "use_sliding_window", True) is not False and window:
+        return max(row.longest_path for row in rows) <= window
+    # GPT-Neo counts its window in places of the tensor row, whatever the position ids say.
+    places = getattr(config, "window_size", None)
+    return not places or max(row.positions for row in rows) <= places
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ A key is a fingerprint of everything that the value depends on; the first value 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,17 +31,12 @@ class Store:
     def __init__(self, path: Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with self._told():
             self._db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute(
                 "CREATE TABLE IF NOT EXISTS rows (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
             )
-        except sqlite3.DatabaseError as error:
-            raise UserError(
-                f"{self.path}: not usable as a row store ({error}); if the file is damaged, move it away: "
-                "its rows will be computed again"
-            ) from error
 
     def __enter__(self) -> Store:
         return self
@@ -57,16 +53,28 @@ class Store:
         for part in _parts(list(keys), LOOKUP):
             marks = ",".join("?" * len(part))
             query = f"SELECT key, value FROM rows WHERE key IN ({marks})"
-            found.update((key, json.loads(value)) for key, value in self._db.execute(query, part))
+            with self._told():
+                found.update((key, json.loads(value)) for key, value in self._db.execute(query, part))
         return found
 
     def put_many(self, rows: Mapping[str, Any]) -> None:
         """Add rows in one transaction; on return they survive a kill. A key already there keeps its value."""
-        with self._db:
+        with self._told(), self._db:
             self._db.executemany(
                 "INSERT OR IGNORE INTO rows VALUES (?, ?)",
                 [(key, json.dumps(value, ensure_ascii=False)) for key, value in rows.items()],
             )
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Trouble with the file (damaged, locked, disk full) as a message to the user."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"{self.path}: not usable as a row store ({error}); if the disk is full, make room and run again; "
+                "if the file is damaged, move it away: its rows will be computed again"
+            ) from error
 
 
 def _parts(items: list, size: int) -> Iterator[list]:

@@ -46,6 +46,7 @@ class Settings:
     warmup_share: float = 0.1  # share of all steps over which the learning rate rises
     schedule: Schedule = "cosine"
     weight_decay: float = 0.0
+    adam_beta2: float = 0.95  # decay of the second moment
     max_grad_norm: float = 1.0
     precision: Precision = "fp32"
     seed: int = 0
@@ -117,7 +118,9 @@ class _Run:
         self.wrapped = self.accelerator.prepare(module)
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            _decay_groups(self.parameters, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.999)
+            _decay_groups(self.parameters, settings.weight_decay),
+            lr=settings.learning_rate,
+            betas=(0.9, settings.adam_beta2),
         )
         self.done = 0
         self.saved_at = time.monotonic()
@@ -255,11 +258,11 @@ class _Sums:
 
     def add(self, result: Any, *, keep: float, padding: float) -> None:
         self._padding.append(padding)
-        if not keep:
-            return
-        self.losses |= dict(zip(result.ids, result.loss_B.detach().double().tolist()))
+        if keep:
+            self.losses |= dict(zip(result.ids, result.loss_B.detach().double().tolist()))
+        # A process without a row of its own in this step still brings every name to the common sum.
         for name, values_B in result.stats.items():
-            self._stats[name] = self._stats.get(name, 0.0) + float(values_B.double().sum())
+            self._stats[name] = self._stats.get(name, 0.0) + (float(values_B.double().sum()) if keep else 0.0)
 
     def gathered(self, accelerator: Accelerator, *, total_weight: float, rows: int) -> dict[str, float]:
         """Means over the whole step, all processes together."""

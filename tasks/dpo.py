@@ -27,12 +27,13 @@ START_TOLERANCE = {"fp32": 2e-4, "medium": 5e-3, "bf16": 5e-2}
 
 @dataclass(frozen=True, kw_only=True)
 class Params(TrainingParams):
-    beta: float = param(0.1, "strength of the KL term; higher keeps the policy closer to the reference", gt=0)
+    beta: float = param(0.2, "strength of the KL term; higher keeps the policy closer to the reference", gt=0)
     loss: Literal["plackett_luce", "ipo"] = param("plackett_luce", "plackett_luce: E6, DPO at K = 2; ipo: squared")
     label_smoothing: float = param(0.0, "probability that a ranking is the wrong way round", ge=0, le=0.5)
-    length_normalised: bool = param(False, "log-ratios per token instead of per answer")
-    epochs: int = param(2, "passes over the ranked rows", ge=1)
-    learning_rate: float = param(5e-4, "peak learning rate of AdamW", gt=0)
+    length_normalised: bool = param(True, "log-ratios per token (times the mean length): length alone earns no margin")
+    epochs: int = param(1, "passes over the ranked rows", ge=1)
+    learning_rate: float = param(6e-4, "peak learning rate of AdamW", gt=0)
+    batch_size: int = param(16, "rows (prompts) an optimizer step, over all processes", ge=1)
     schedule: Literal["constant", "linear", "cosine"] = param("linear", "how the learning rate falls after warm-up")
     lora: LoraParams = param(LoraParams, "adapters instead of all weights")
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tiny tensors gain nothing from threads, and two of them spinning for each other on a busy machine cost minutes.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("RANKWISE_TRACKING", "off")
 
 

@@ -269,3 +269,10 @@ def test_bad_sizes_and_seeds_are_refused(n, seed):
 def test_an_opening_leaves_something_on_both_sides(words):
     with pytest.raises(UserError, match=f"words={words}"):
         opening("Just four words here.", words)
+
+
+def test_a_text_cut_anywhere_is_read_without_an_error():
+    """A model stops in mid-phrase: every prefix of a text has a score."""
+    for review in reviews(40, seed=3):
+        for end in range(len(review.text)):
+            assert -1 < ground_truth("", review.text[:end]) < 1

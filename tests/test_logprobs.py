@@ -1,0 +1,98 @@
+"""Chunked log-probabilities against the full log-softmax, values and gradients."""
+
+import pytest
+import torch
+
+from rankwise import logprobs
+from rankwise.logprobs import token_logps
+
+
+def case(tokens=13, hidden=7, vocabulary=11, *, bias=True, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64)
+    w = torch.randn(vocabulary, hidden, generator=generator, dtype=torch.float64)
+    b = torch.randn(vocabulary, generator=generator, dtype=torch.float64) if bias else None
+    target = torch.randint(vocabulary, (tokens,), generator=generator)
+    leaf = lambda t: None if t is None else t.to(dtype).requires_grad_()
+    return leaf(h), leaf(w), leaf(b), target
+
+
+def full(h, w, b, target, softcap=0.0):
+    """The textbook: all logits, log-softmax, pick."""
+    logits = h @ w.T + (0 if b is None else b)
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    return logits.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("rows_a_chunk", [1, 4, 5, 13, 100])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_values_and_gradients_are_those_of_the_full_softmax(monkeypatch, rows_a_chunk, bias, softcap):
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", rows_a_chunk * 11)
+    h, w, b, target = case(bias=bias)
+    upstream = torch.randn(13, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    ours = token_logps(h, w, b, target, softcap=softcap)
+    ours.backward(upstream)
+    got = [t.grad.clone() for t in (h, w, b) if t is not None]
+    h, w, b, target = case(bias=bias)
+    expected = full(h, w, b, target, softcap)
+    expected.backward(upstream)
+    torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-13)
+    for mine, theirs in zip(got, [t.grad for t in (h, w, b) if t is not None], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_gradients_are_those_of_finite_differences(monkeypatch, softcap):
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 2 * 5)
+    h, w, b, target = case(tokens=5, hidden=3, vocabulary=5)
+    assert torch.autograd.gradcheck(lambda *x: token_logps(*x, target, softcap=softcap), (h, w, b))
+
+
+def test_a_vocabulary_larger_than_a_chunk_goes_token_by_token(monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 3)
+    h, w, b, target = case()
+    torch.testing.assert_close(token_logps(h, w, b, target), full(h, w, b, target))
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_what_is_frozen_gets_no_gradient(frozen):
+    """With adapters the head is frozen, and a frozen body needs no gradient of its hidden states."""
+    tensors = dict(zip(("hidden", "weight", "bias"), case()[:3]))
+    tensors[frozen] = tensors[frozen].detach()
+    token_logps(*tensors.values(), case()[3]).sum().backward()
+    assert {name for name, t in tensors.items() if t.grad is not None} == set(tensors) - {frozen}
+
+
+def test_logits_a_thousand_apart_stay_finite():
+    h, w, b, target = case(dtype=torch.float32)
+    value = token_logps(h * 1000, w, b, target)
+    value.sum().backward()
+    assert torch.isfinite(value).all() and torch.isfinite(w.grad).all()
+
+
+@pytest.mark.parametrize("tokens, hidden, vocabulary", [(7, 16, 33), (64, 48, 257), (129, 64, 1000)])
+def test_error_in_bf16_stays_within_the_naive_one(monkeypatch, tokens, hidden, vocabulary):
+    """bf16 states, weights in float32 as they are stored; against float64, no worse than a softmax over bf16 logits."""
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 32 * vocabulary)
+    h, w, _, target = case(tokens, hidden, vocabulary, bias=False, dtype=torch.float32, seed=3)
+    h = (h.detach() / hidden**0.5).bfloat16()
+    exact_h, exact_w = h.double().requires_grad_(), w.detach().bfloat16().double().requires_grad_()
+    exact = full(exact_h, exact_w, None, target)
+    exact.sum().backward()
+
+    def errors(function, weight):
+        state = h.clone().requires_grad_()
+        value = function(state, weight)
+        value.float().sum().backward()
+        far = lambda a, b: (a.double() - b).norm() / b.norm()
+        return [far(value, exact), far(state.grad, exact_h.grad), far(weight.grad, exact_w.grad)]
+
+    chunked = errors(lambda s, weight: token_logps(s, weight, None, target), w.detach().clone().requires_grad_())
+    naive = errors(
+        lambda s, weight: (s @ weight.T).log_softmax(-1).gather(1, target[:, None]).squeeze(1),
+        w.detach().bfloat16().requires_grad_(),
+    )
+    for mine, theirs in zip(chunked, naive):
+        assert mine <= 1.1 * theirs
+    assert chunked[0] < 5e-3
