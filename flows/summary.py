@@ -79,7 +79,7 @@ def headline(report: dict[str, Any] | None = None) -> list[tuple[str, str, str]]
         ("reward", *_pair(report.get("reward"), both), False),
         ("positive share (ground truth)", *_pair(report.get("positive_share"), both), True),
         ("KL to the reference (nats)", report.get("kl"), None, False),
-        ("answer length (tokens)", *_pair(report.get("length"), both), False),
+        ("answer length (words)", *_pair(report.get("length"), both), False),
         ("distinct-2", *_pair(report.get("distinct_2"), both), False),
         ("preference accuracy", report.get("preference_accuracy"), None, True),
     ]

@@ -5,6 +5,8 @@ Files are written aside and renamed, so a killed writer leaves the old table or 
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import itertools
 import json
 import os
@@ -92,12 +94,23 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     """Run write on a temporary neighbour of path, then rename it into place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what writers of path that were killed have left beside it; one that lives keeps its file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(ValueError, PermissionError):
+            try:
+                os.kill(int(left.name.split(".")[-2]), 0)
+            except ProcessLookupError:
+                left.unlink(missing_ok=True)
 
 
 def _row(record: dict) -> Row:

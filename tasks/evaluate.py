@@ -237,7 +237,10 @@ def _show(prompts, answers, scores: dict[str, Judged], metrics: dict, paths: Pat
     for name, judged in scores.items():
         if judged.scores:
             plots.reward_histogram(
-                judged.scores["policy"], judged.scores["reference"], paths.report / f"{name}_rewards.png"
+                judged.scores["policy"],
+                judged.scores["reference"],
+                paths.report / f"{name}_rewards.png",
+                unit=f"score given by {'the training judge' if name == 'judge' else 'gold'}",
             )
 
 

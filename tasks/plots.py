@@ -57,7 +57,7 @@ def training_curves(
 ) -> None:
     """Loss, margins, accuracy, log-prob changes, KL over optimizer steps: a panel for each that points have, up to 4.
 
-    start_loss (nats): where a preference loss must start, log K! for K answers, drawn as a line.
+    start_loss (nats): where a preference loss must start (log K! for a strict ranking of K), drawn as a line.
     """
     panels = [panel for panel in PANELS if any(_column(points, line[0])[1] for line in panel[2])][:MOST_PANELS]
     assert panels, f"no known column in the curves: {sorted({key for point in points for key in point})}"
@@ -66,7 +66,7 @@ def training_curves(
         for axis, (name, unit, lines) in zip(axes, panels):
             _curves(axis, points, lines)
             if name == "Loss" and start_loss is not None:
-                axis.axhline(start_loss, color=GREY, linestyle=":", label=f"start, log K! = {start_loss:.3g}")
+                axis.axhline(start_loss, color=GREY, linestyle=":", label=f"equal rewards: {start_loss:.3g}")
             if "accuracy" in lines[0]:
                 axis.axhline(0.5, color=GREY, linestyle=":", label="chance")
             axis.set(title=name, ylabel=unit, xlabel="optimizer step")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.rows import write_json
-from rankwise.runtime import keep_freed_memory
+from rankwise.runtime import keep_freed_memory, yield_when_waiting
 from rankwise.types import UserError
 from tasks import params as params_module
 from tasks import tracking
@@ -97,16 +97,25 @@ class Stage:
 def output_folder(path: Path) -> Iterator[Path]:
     """A folder to fill; it takes path's place, whole, when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    _settle(path, aside, old)
     aside.mkdir()
     try:
         yield aside
+        # Moved away before it is deleted: killed in the middle of a deletion, half a model would be left.
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, old)
         os.replace(aside, path)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _settle(path, aside, old)
+
+
+def _settle(path: Path, aside: Path, old: Path) -> None:
+    """One folder in path's place, the new one or the old one, and nothing beside it."""
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    for left in (aside, old):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any, Stage], None]) -> int:
@@ -115,6 +124,7 @@ def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any
     paths = paths_type(**{f.name: getattr(arguments, f.name) for f in fields(paths_type)})
     _leave_with_parent()
     keep_freed_memory()
+    yield_when_waiting()
     signal.signal(signal.SIGTERM, _stop)
     try:
         params = params_module.load(arguments.params, name, params_type)
