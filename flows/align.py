@@ -31,6 +31,7 @@ from prefect.states import Completed, Failed, State
 from flows import graph, process, summary
 from flows.summary import Outcome
 from rankwise.types import UserError
+from tasks.tracking import home
 
 # Stages that may ask services outside this machine; only these are tried again, after so many seconds each time.
 RETRIED = frozenset({"rollouts", "verdicts"})
@@ -235,7 +236,7 @@ def _tracked(given: dict[str, Any], nodes: list[graph.Node]) -> Iterator[None]:
 @contextlib.contextmanager
 def _only_run() -> Iterator[None]:
     """One checkout serves one run at a time; the kernel frees the lock however its holder dies."""
-    path = Path(".rankwise/locks/flow.lock")
+    path = home() / "locks" / "flow.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as handle:
         try:

@@ -25,8 +25,9 @@ from typing import Any
 
 from flows import process
 from rankwise.types import UserError
+from tasks.tracking import home
 
-HOME = Path(".rankwise/prefect")
+HOME = home() / "prefect"
 DEFAULT_PORT = 4200
 # A new database takes 6 s on an idle machine and ten times that on a busy one.
 START_TIMEOUT_S = 180.0

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.tracking import home
+
 REPORTS = Path("reports")
-HOME = Path(".rankwise")
+HOME = home()
 PLOT_ENDINGS = {".png", ".svg", ".html"}
 
 

@@ -1,4 +1,4 @@
-"""Models on disk: load, save, precision. Safetensors only, no remote code, no pickle.
+"""Models on disk: load, save, precision. Safetensors only, no pickle, no remote code unless asked for.
 
 A model folder is an ordinary Hugging Face folder with its tokenizer beside the weights.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +37,18 @@ Precision = Literal["fp32", "medium", "bf16"]
 
 
 def device() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's accelerator where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def remote_code_allowed() -> bool:
+    """Whether Python code that comes with a model may run: only where RANKWISE_TRUST_REMOTE_CODE=1 asks for it.
+
+    It is a matter of the machine's safety, not of a result, so it is no parameter.
+    """
+    return os.environ.get("RANKWISE_TRUST_REMOTE_CODE") == "1"
 
 
 @contextlib.contextmanager
@@ -55,7 +66,7 @@ def numerics(precision: Precision, where: torch.device) -> Iterator[None]:
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer from a folder or hub id; raises UserError where there is none or it has no EOS."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code_allowed())
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder}: no usable tokenizer ({_first_line(error)}); a tokenizer.json is expected"
@@ -68,9 +79,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_causal_lm(folder: str | Path) -> PreTrainedModel:
     """A causal LM in float32 master weights; raises UserError where it cannot be used, saying why."""
-    return _load(AutoModelForCausalLM, folder, trust_remote_code=trust_remote_code)
+    return _load(AutoModelForCausalLM, folder)
 
 
 def load_reward_model(folder: str | Path) -> PreTrainedModel:
@@ -108,8 +119,9 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """Write a model folder that transformers.from_pretrained loads; adapters are merged into the weights."""
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with _told(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -125,7 +137,8 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 def save_state(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
     """Tensors and JSON-able notes in one safetensors file (the caller renames it into place)."""
     packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(packed, path, metadata={"notes": json.dumps(notes)})
+    with _told(path):
+        save_file(packed, path, metadata={"notes": json.dumps(notes)})
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -141,6 +154,18 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 @contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the system says of a write (disk full, no permission), which the library reports in an error of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error}); mend that and run the same command again: it continues from the "
+            "last checkpoint"
+        ) from error
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -150,15 +175,15 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
 
 
-def _load(auto: type, folder: str | Path, *, trust_remote_code: bool = False, **overrides: Any) -> PreTrainedModel:
+def _load(auto: type, folder: str | Path, **overrides: Any) -> PreTrainedModel:
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **overrides)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code_allowed(), **overrides)
         model = auto.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=remote_code_allowed(),
         )
     # transformers reports weights of another shape than the config's by a bare RuntimeError.
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -67,6 +67,7 @@ def sample(
     ends: tuple[int, ...],
     batch_sequences: int = 256,
     precision: Precision = "fp32",
+    names: Sequence[str] | None = None,
 ) -> Iterator[tuple[int, list[Sampled]]]:
     """Yield (index of the prompt, its K answers) as batches finish, shortest prompts first.
 
@@ -75,15 +76,16 @@ def sample(
         seeds: K seeds a prompt, from seed_of.
         ends: token ids that end an answer.
         batch_sequences: answers decoded together.
+        names: what messages call the prompts; their numbers, where there are none.
 
     Raises UserError where a prompt leaves no room in the model's context.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
         if not prompt or (limit and len(prompt) >= limit):
             raise UserError(
-                f"a prompt of {len(prompt)} tokens cannot be answered by a model with a context of {limit} tokens; "
-                "shorten it (max_prompt_tokens) or drop it in the prompts stage"
+                f"prompt {names[number] if names else number} of {len(prompt)} tokens cannot be answered by a model "
+                f"with a context of {limit} tokens; shorten it (max_prompt_tokens) or drop it in the prompts stage"
             )
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     answers = max((len(s) for s in seeds), default=1)

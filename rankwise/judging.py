@@ -11,6 +11,8 @@ import importlib
 import inspect
 import itertools
 import json
+import math
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ from rankwise.store import Store
 from rankwise.types import Answer, Message, Row, UserError, show_prompt
 
 VERDICTS = ("A", "B")
+NUMERICS = 1  # raise it when the scoring code gives other numbers than before
 COMMIT_REPLIES = 64  # replies lost at most when killed
 
 
@@ -74,14 +77,26 @@ class CallableJudge:
     pairwise = False
 
     def __init__(self, name: str):
-        self._score = _import(name)
+        self._name, self._score = name, _import(name)
         source = Path(inspect.getsourcefile(self._score))
         more = getattr(self._score, "identity", str)()
         self.identity = digest("callable", name, file_digest(source), more)
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
         for index, question in enumerate(questions):
-            yield index, Reply(value=float(self._score(show_prompt(question.prompt), question.first)))
+            yield index, Reply(value=self._ask(question))
+
+    def _ask(self, question: Question) -> float:
+        try:
+            return float(self._score(show_prompt(question.prompt), question.first))
+        except UserError:
+            raise
+        except Exception as error:  # whatever the user's own function may raise
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"judge {self._name!r} gave no score for an answer to row {question.row_id!r}: "
+                f"{type(error).__name__}: {error} ({where.filename}:{where.lineno}); it must return a number"
+            ) from error
 
 
 class RewardModelJudge:
@@ -94,7 +109,9 @@ class RewardModelJudge:
         self._renderer = Renderer(self.tokenizer)
         self._module = RewardModel(load_reward_model(folder)).eval().to(device())
         self._max_tokens, self._precision, self._batch_tokens = max_tokens, precision, batch_tokens
-        self.identity = digest("reward-model", weights_digest(folder), tokenizer_digest(folder), max_tokens, precision)
+        self.identity = digest(
+            NUMERICS, "reward-model", weights_digest(folder), tokenizer_digest(folder), max_tokens, precision
+        )
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
         rows = [self._render(str(index), question) for index, question in enumerate(questions)]
@@ -123,7 +140,7 @@ class LocalModelJudge:
         self._verdicts = [_single_token(self._tokenizer, verdict) for verdict in VERDICTS]
         self._precision, self._batch_tokens = precision, batch_tokens
         self.identity = digest(
-            "local-llm", weights_digest(folder), tokenizer_digest(folder), self._rubric, VERDICTS, precision
+            NUMERICS, "local-llm", weights_digest(folder), tokenizer_digest(folder), self._rubric, VERDICTS, precision
         )
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
@@ -164,6 +181,11 @@ def judge_rows(
         fresh: dict[str, dict] = {}
         names = list(wanted)
         for index, reply in judge.ask(list(wanted.values())):
+            if not math.isfinite(reply.value):
+                raise UserError(
+                    f"{what}: the judge's reply to row {wanted[names[index]].row_id!r} is {reply.value}, which ranks "
+                    "nothing; a finite number is needed: look at this row, and at the judge's weights or function"
+                )
             fresh[names[index]] = asdict(reply)
             progress.advance(1)
             if len(fresh) >= COMMIT_REPLIES:

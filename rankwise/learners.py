@@ -99,7 +99,16 @@ class PreferenceLearner:
         if self._settings.length_normalised:
             scaled_BK = length_normalised(ratio_BK, batch.by_prompt(output.tokens_A), batch.mask_BK)
             s_BK = self._settings.beta * scaled_BK
-        loss_B = preference_loss(
+        return RowLosses(
+            ids=batch.ids, loss_B=self._loss(s_BK, batch), stats=self._stats(s_BK.detach(), ratio_BK.detach(), batch)
+        )
+
+    def loss_at_start(self, batch: Batch) -> Tensor:
+        """The loss of each row while policy = reference, [B]: log K! for a strict ranking without smoothing."""
+        return self._loss(torch.zeros(batch.mask_BK.shape, device=batch.mask_BK.device), batch)
+
+    def _loss(self, s_BK: Tensor, batch: Batch) -> Tensor:
+        return preference_loss(
             s_BK,
             batch.mask_BK,
             batch.ranks_BK,
@@ -107,7 +116,6 @@ class PreferenceLearner:
             label_smoothing=self._settings.label_smoothing,
             beta=self._settings.beta,
         )
-        return RowLosses(ids=batch.ids, loss_B=loss_B, stats=self._stats(s_BK.detach(), ratio_BK.detach(), batch))
 
     def reference_logps(self, batch: Batch) -> Tensor:
         """[B, K] float32 reference log-probabilities, zero where no answer exists."""

@@ -82,8 +82,8 @@ def davidson_luce(s_K: Tensor, ranks_K: Tensor, log_ties_D: Tensor) -> Tensor:
     """−log P of one ranking with ties under the Davidson-Luce model, a scalar; D = 1 is Plackett-Luce.
 
     A set S of the remaining answers is placed next with weight δ_|S| · (Π_{i∈S} exp s_i)^{1/|S|}. log_ties_D holds
-    log δ_1 = 0, log δ_2, …: how likely a tie of each size is. Judges' strengths are fitted with it; the number of
-    sets grows as K^D, so it is for the pairs and small groups of a judge, not for training.
+    log δ_1 = 0, log δ_2, …: how likely a tie of each size is. The number of sets grows
+    as K^D, so it is for fitting strengths to the pairs and small groups of a judge, not for training.
     """
     left = list(range(s_K.shape[0]))
     terms = []
@@ -105,11 +105,6 @@ def ipo(h_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None, *, tau: float) -
     gaps_BKK = h_BK[:, :, None] - h_BK[:, None, :]
     squared_BKK = (gaps_BKK - 1 / (2 * tau)).square() * better_BKK
     return squared_BKK.sum((1, 2)) / better_BKK.sum((1, 2)).clamp(min=1)
-
-
-def loss_at_start(mask_BK: Tensor, ranks_BK: Tensor | None = None) -> Tensor:
-    """The Plackett-Luce loss of equal rewards, [B]: log K! for a strict ranking. Every run starts here."""
-    return plackett_luce(torch.zeros(mask_BK.shape, device=mask_BK.device), mask_BK, ranks_BK)
 
 
 def ranking_accuracy(s_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None = None) -> Tensor:

@@ -53,17 +53,21 @@ def sample_rows(prompts: Sequence[Row], request: Request, store: Store) -> tuple
     missing = [i for i, key in enumerate(keys) if key not in found]
     work = Work(computed=len(missing), tokens_per_second=0.0)
     if missing:
-        tokens_per_second = _fill(store, request, renderer, {keys[i]: (prompt_ids[i], seeds[i]) for i in missing})
+        wanted = {keys[i]: (prompts[i].id, prompt_ids[i], seeds[i]) for i in missing}
+        tokens_per_second = _fill(store, request, renderer, wanted)
         found = store.get_many(keys)
         work = Work(computed=len(missing), tokens_per_second=tokens_per_second)
     rows = [_row(row, ids, found[key], renderer, request) for row, ids, key in zip(prompts, prompt_ids, keys)]
     return rows, work
 
 
-def _fill(store: Store, request: Request, renderer: Renderer, wanted: dict[str, tuple[list[int], list[int]]]) -> float:
+def _fill(
+    store: Store, request: Request, renderer: Renderer, wanted: dict[str, tuple[str, list[int], list[int]]]
+) -> float:
     """Sample what is wanted into the store; returns tokens a second."""
     model = load_causal_lm(request.folder).to(device())
-    keys, prompts, seeds = list(wanted), [ids for ids, _ in wanted.values()], [mine for _, mine in wanted.values()]
+    keys = list(wanted)
+    names, prompts, seeds = zip(*wanted.values())
     fresh: dict[str, list[dict]] = {}
     began, tokens = time.monotonic(), 0
     with Progress(f"answers of {request.folder}", total=len(keys) * request.k, unit="answer") as progress:
@@ -75,6 +79,7 @@ def _fill(store: Store, request: Request, renderer: Renderer, wanted: dict[str, 
             ends=end_tokens(model, renderer.tokenizer.eos_token_id),
             batch_sequences=request.batch_sequences,
             precision=request.precision,
+            names=names,
         ):
             fresh[keys[index]] = [asdict(one) for one in sampled]
             tokens += sum(len(one.token_ids) for one in sampled)

@@ -61,7 +61,8 @@ class LogpModel(nn.Module):
             attention_mask=_mask(plain, batch),
             use_cache=False,
         ).last_hidden_state
-        hidden_NH = hidden_RLH.flatten(0, 1)[batch.source_index]
+        # index_select, not [...]: its backward adds in a fixed order where K answers share the prompt's last state.
+        hidden_NH = hidden_RLH.flatten(0, 1).index_select(0, batch.source_index)
         head = plain.get_output_embeddings()
         softcap = getattr(plain.config, "final_logit_softcapping", None) or 0.0
         scale = _head_scale(plain)

@@ -33,7 +33,6 @@ class Embedded:
 class Params:
     source: str = param("embedded", '"embedded", a folder below data/source, or a Hugging Face hub id')
     revision: str | None = param(None, "commit of the hub model; pin it, or the result can change under you")
-    trust_remote_code: bool = param(False, "run Python code that comes with the model; only if you have read it")
     seed: int = param(0, "seed of the random weights")
     embedded: Embedded = param(Embedded, "the embedded model, where source is embedded")
 
@@ -54,7 +53,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     else:
         source = _resolve(params, paths.source)
         tokenizer = load_tokenizer(source)
-        model = load_causal_lm(source, trust_remote_code=params.trust_remote_code)
+        model = load_causal_lm(source)
     check_vocabulary(model, tokenizer, where=f"base_model.source {params.source!r}")
     with output_folder(paths.model) as folder:
         save_model(model, tokenizer, folder)
@@ -75,6 +74,8 @@ def _resolve(params: Params, source: Path) -> str | Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    from rankwise.checkpoints import remote_code_allowed
+
     try:
         return snapshot_download(
             params.source,
@@ -85,7 +86,7 @@ def _resolve(params: Params, source: Path) -> str | Path:
                 "*.model",
                 "*.txt",
                 "*.jinja",
-                *(["*.py"] * params.trust_remote_code),
+                *(["*.py"] * remote_code_allowed()),
             ],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:

@@ -65,7 +65,12 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     learner = PreferenceLearner(module, 0, references, settings)
     start = _check_start(learner, rows, params)
     stage.log(f"loss at the start {start['loss']:.6f}, expected {start['expected']:.6f} (log K! averaged over rows)")
-    identity = [weights_digest(paths.sft), tokenizer_digest(paths.sft), file_digest(paths.preferences)]
+    identity = [
+        weights_digest(paths.sft),
+        tokenizer_digest(paths.sft),
+        file_digest(paths.preferences),
+        file_digest(paths.reference),
+    ]
     measure = lambda: _measure(learner, held_out, params, prefix="held_out_") if held_out else {}
     fit(stage, learner, rows, params, identity=identity, on_epoch=measure)
     with output_folder(paths.policy) as folder:
@@ -73,7 +78,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     last = stage.curves[-1]
     stage.tracker.dataset(paths.preferences, "preferences")
     stage.tracker.tags({"reference_weights": identity[0]})
-    training_curves(stage.curves, paths.report / "curves.png", start_loss=start["expected"])
+    training_curves(stage.curves, stage.plots / "curves.png", start_loss=start["expected"])
     stage.finish(
         {
             "rows": len(rows),
@@ -137,7 +142,6 @@ def _check_start(learner: PreferenceLearner, rows: list[TokenRow], params: Param
 
     from rankwise.batching import micro_batches
     from rankwise.checkpoints import device, numerics
-    from rankwise.objectives import loss_at_start
 
     loss = expected = worst = 0.0
     some = rows[:START_ROWS]
@@ -149,7 +153,7 @@ def _check_start(learner: PreferenceLearner, rows: list[TokenRow], params: Param
             gap_BK = (batch.by_prompt(output.sum_A) - learner.reference_logps(batch)).abs()
             worst = max(worst, float((gap_BK / batch.by_prompt(output.tokens_A).clamp(min=1)).max()))
             loss += float(learner.losses(output, batch).loss_B.sum())
-            expected += float(loss_at_start(batch.mask_BK, batch.ranks_BK).sum())
+            expected += float(learner.loss_at_start(batch).sum())
     if not worst <= START_TOLERANCE[params.precision]:
         raise UserError(
             f"the policy is not its reference at step 0: log-probabilities differ by up to {worst:.2g} nats a token "

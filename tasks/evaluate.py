@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rankwise.evaluation import Estimate
 
 MODELS = ("policy", "reference")
+HEADLINE = ("win_rate", "positive_share", "reward", "kl", "length", "preference_accuracy")
 SAMPLE_ROWS = 100  # rows shown in the tracker, largest changes first
 
 
@@ -63,6 +64,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
             scores[name] = _judge(name, judge_params, answers, paths, stage)
     for name, judged in scores.items():
         metrics.setdefault("win_rate", {})[name] = judged.win_rate(params.tie_below).as_dict()
+        metrics.setdefault("win_rate_length_controlled", {})[name] = judged.at_equal_length(answers)
         metrics |= judged.metrics(name, beta=_beta(paths), kl=metrics["kl"]["mean"])
     if len(scores) == 2:
         metrics["judge_agrees_with_gold"] = _agreement(scores["judge"], scores["gold"])
@@ -71,8 +73,9 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
         metrics["preference_accuracy"] = training["held_out_accuracy"]
     metrics["start_loss"] = training["start_loss"]
     write_rows(paths.samples, _samples(prompts, answers, scores))
-    _show(prompts, answers, scores, metrics, paths, stage)
-    stage.finish(metrics)
+    _show(prompts, answers, scores, metrics, stage)
+    # The tracker shows the first numbers first.
+    stage.finish({name: metrics[name] for name in [*(n for n in HEADLINE if n in metrics), *sorted(metrics)]})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,12 @@ class Judged:
         from rankwise.evaluation import win_rate
 
         return win_rate(self.odds, [0.0] * len(self.odds), tie_below=tie_below)
+
+    def at_equal_length(self, answers: dict[str, list[Row]]) -> float:
+        from rankwise.evaluation import length_controlled_win_rate
+
+        words = {model: [len(row.answers[0].text.split()) for row in rows] for model, rows in answers.items()}
+        return length_controlled_win_rate(self.odds, [0.0] * len(self.odds), words["policy"], words["reference"])
 
     def metrics(self, name: str, *, beta: float, kl: float) -> dict[str, Any]:
         from rankwise.evaluation import mean, objective, share
@@ -218,7 +227,7 @@ def _samples(prompts: Sequence[Row], answers: dict[str, list[Row]], scores: dict
     return rows
 
 
-def _show(prompts, answers, scores: dict[str, Judged], metrics: dict, paths: Paths, stage: Stage) -> None:
+def _show(prompts, answers, scores: dict[str, Judged], metrics: dict, stage: Stage) -> None:
     from tasks import plots
 
     table = []
@@ -231,15 +240,15 @@ def _show(prompts, answers, scores: dict[str, Judged], metrics: dict, paths: Pat
     keys = [f"{name}: policy better by" for name in scores]
     stage.tracker.table("samples", sorted(table, key=lambda r: r[keys[-1]] if keys else 0)[:SAMPLE_ROWS])
     lengths = {m: [len(row.answers[0].token_ids) for row in rows] for m, rows in answers.items()}
-    plots.length_histogram(lengths["policy"], lengths["reference"], paths.report / "lengths.png")
+    plots.length_histogram(lengths["policy"], lengths["reference"], stage.plots / "lengths.png")
     if win_rates := metrics.get("win_rate"):
-        plots.win_rates([{"name": name, **found} for name, found in win_rates.items()], paths.report / "win_rates.png")
+        plots.win_rates([{"name": name, **found} for name, found in win_rates.items()], stage.plots / "win_rates.png")
     for name, judged in scores.items():
         if judged.scores:
             plots.reward_histogram(
                 judged.scores["policy"],
                 judged.scores["reference"],
-                paths.report / f"{name}_rewards.png",
+                stage.plots / f"{name}_rewards.png",
                 unit=f"score given by {'the training judge' if name == 'judge' else 'gold'}",
             )
 

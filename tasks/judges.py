@@ -46,4 +46,6 @@ def make_judge(params: JudgeParams, *, trained: Path, source: Path, where: str) 
         )
     if params.kind == "reward_model":
         return judging.RewardModelJudge(folder, max_tokens=params.max_tokens, precision=params.precision)
+    if not Path(params.rubric).is_file():
+        raise UserError(f"{where}.rubric: {params.rubric}: no such file; name one with the judge's instructions")
     return judging.LocalModelJudge(folder, Path(params.rubric), precision=params.precision)

@@ -7,6 +7,7 @@ type or range stops the stage before it computes anything.
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from dataclasses import MISSING, Field, asdict, field, fields, is_dataclass
@@ -113,7 +114,7 @@ def _fits(hint: Any, value: Any) -> bool:
             _fits(arguments[0], k) and _fits(arguments[1], v) for k, v in value.items()
         )
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -1,7 +1,7 @@
 """Stage preferences: verdicts become one ranked row a prompt; imported preferences join them. Pure and cheap.
 
-Rows whose answers all tie are counted and left out. A share of the prompts, chosen by a hash of their ids, is
-marked "held_out": they measure preference accuracy and are never trained on.
+Rows whose answers all tie are counted and left out. A share of the groups (or prompts, where there are none), chosen
+by a hash of their names, is marked "held_out": they measure preference accuracy and are never trained on.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rankwise.rows import read_rows, read_table, write_rows
 from rankwise.types import Row, UserError, show_prompt
 from tasks.params import param
 from tasks.stage import Stage, main
+from tasks.tables import keys
 
 if TYPE_CHECKING:
     from rankwise.ranking import Judged
@@ -75,7 +76,7 @@ def _judged(rollouts: Sequence[Row], verdicts: Path, params: Params) -> list[Jud
 
 
 def _split(row: Row, held_out_share: float) -> Row:
-    held_out = int(digest("held-out", row.id)[:8], 16) / 16**8 < held_out_share
+    held_out = int(digest("held-out", keys(row)[0])[:8], 16) / 16**8 < held_out_share
     return replace(row, meta={**row.meta, "split": "held_out" if held_out else "train"})
 
 

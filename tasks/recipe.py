@@ -88,17 +88,17 @@ def merged(default: Any, overlay: Any) -> Any:
 
 def link_sources(paths: Sequence[Path], source: Path = Path("data/source")) -> list[Path]:
     """Link files or folders into data/source under their own names; an existing link is renewed, a file is not."""
-    linked = []
-    for path in paths:
+    targets = [source / path.resolve().name for path in paths]
+    for path, target in zip(paths, targets):
         if not path.exists():
             raise UserError(f"--data {path}: no such file or folder")
-        target = source / path.resolve().name
         if target.exists() and not target.is_symlink():
             raise UserError(f"{target} is there already and is no link; move it away, or leave out --data {path}")
+    source.mkdir(parents=True, exist_ok=True)
+    for path, target in zip(paths, targets):
         target.unlink(missing_ok=True)
         target.symlink_to(os.path.abspath(path))
-        linked.append(target)
-    return linked
+    return targets
 
 
 def _plain(value: Any) -> Any:
@@ -114,12 +114,18 @@ def _lines(params_type: type, values: dict[str, Any], indent: str) -> list[str]:
         if is_dataclass(default) and value is not None:
             lines.append(_commented(f"{indent}{spec.name}:", spec.metadata["doc"]))
             lines += _lines(type(default), value, indent + "  ")
+        elif isinstance(value, list) and value:
+            lines.append(_commented(f"{indent}{spec.name}:", spec.metadata["doc"]))
+            lines += [f"{indent}- {_scalar(item)}" for item in value]
         else:
-            lines.append(_commented(f"{indent}{spec.name}: {_scalar(value)}", spec.metadata["doc"]))
+            lines.append(_commented(f"{indent}{spec.name}: {_scalar(value)}".rstrip(), spec.metadata["doc"]))
     return lines
 
 
 def _scalar(value: Any) -> str:
+    # As DVC writes them back (`dvc exp run -S`), so that an experiment changes one line of the file.
+    if value is None:
+        return ""
     if isinstance(value, float):
         # YAML 1.1 reads 5e-07 as text; it wants a point.
         text = repr(value)

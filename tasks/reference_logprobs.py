@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from rankwise.rows import read_rows, write_table
+from rankwise.types import UserError
 from tasks.params import param
 from tasks.stage import Stage, main
 
@@ -41,12 +42,17 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     from rankwise.scoring import LogpModel
     from rankwise.store import Store
 
+    ranked = read_rows(paths.preferences)
+    if not ranked:
+        raise UserError(
+            f"{paths.preferences}: no ranked row, so there is nothing to score; run stage preferences again"
+        )
     renderer = Renderer(
         load_tokenizer(paths.model),
         max_prompt_tokens=params.max_prompt_tokens,
         max_answer_tokens=params.max_answer_tokens,
     )
-    rows = [renderer.render(row) for row in read_rows(paths.preferences)]
+    rows = [renderer.render(row) for row in ranked]
     weights = weights_digest(paths.model)
     module = LogpModel(load_causal_lm(paths.model).to(device()))
     began = time.monotonic()

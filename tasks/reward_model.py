@@ -1,6 +1,6 @@
 """Stage reward_model: the default judge, a scalar head on the SFT model fitted to labelled rankings (E4).
 
-Where the verdicts come from another judge, `judge.kind` says so and this stage leaves an empty folder.
+Where the verdicts come from another judge, `enabled` is false and this stage leaves an empty folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Params(TrainingParams):
     epochs: int = param(2, "passes over the rows", ge=1)
     learning_rate: float = param(1e-3, "peak learning rate of AdamW", gt=0)
     batch_size: int = param(16, "rows (prompts) an optimizer step, over all processes", ge=1)
-    max_tokens: int = param(0, "longest prompt + answer, tokens; a longer answer loses its end; 0 is no limit", ge=0)
+    max_tokens: int = param(0, "longest labelled answer, tokens; a longer one loses its end; 0 is no limit", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
             stage.log("reward_model.enabled is false: another judge gives the verdicts, nothing is trained")
         stage.finish({"enabled": 0})
         return
-    from rankwise.checkpoints import device, load_tokenizer, new_reward_model
+    from rankwise.checkpoints import device, load_tokenizer, new_reward_model, save_model
     from rankwise.evaluation import share
     from rankwise.learners import RewardLearner
     from rankwise.rewards import RewardModel
@@ -64,9 +64,8 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     fit(stage, learner, training, params, identity=identity, on_epoch=lambda: _accuracy(learner, test, params))
     accuracy = share(_accuracy(learner, test, params)["test_accuracy"] * len(test), len(test))
     with output_folder(paths.model) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    training_curves(stage.curves, paths.report / "curves.png")
+        save_model(model, tokenizer, folder)
+    training_curves(stage.curves, stage.plots / "curves.png")
     stage.tracker.dataset(paths.prompts / "labelled.parquet", "labelled")
     stage.log(
         f"right on {accuracy.mean:.1%} [{accuracy.low:.1%}, {accuracy.high:.1%}] of {len(test)} held-out rankings"

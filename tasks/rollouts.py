@@ -66,7 +66,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     write_rows(paths.rollouts, rows)
     stage.tracker.dataset(table, "prompts")
     stage.tracker.table("rollouts", [_shown(row) for row in rows[:SAMPLE_ROWS]])
-    length_histogram(_lengths(rows), None, paths.report / "lengths.png", title="Lengths of the sampled answers")
+    length_histogram(_lengths(rows), None, stage.plots / "lengths.png", title="Lengths of the sampled answers")
     stage.finish(metrics)
     if metrics["cut_share"] > params.max_cut_share:
         raise UserError(

@@ -70,7 +70,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
         save_model(model, tokenizer, folder)
     stage.tracker.dataset(table, "sft")
     if stage.curves:
-        training_curves(stage.curves, paths.report / "curves.png")
+        training_curves(stage.curves, stage.plots / "curves.png")
     stage.finish(metrics)
     if params.epochs > 0:
         drop_checkpoints(stage, params, identity)

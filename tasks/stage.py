@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
@@ -30,7 +31,7 @@ from tasks import params as params_module
 from tasks import tracking
 
 # Outside every DVC output, so that nothing computed is lost when DVC clears an output before a run.
-HOME = Path(os.environ.get("RANKWISE_HOME", ".rankwise"))
+HOME = tracking.home()
 
 
 class Stopped(BaseException):
@@ -41,7 +42,9 @@ class Stage:
     """A running stage: where records, metrics and progress go. Made by main; tests make their own."""
 
     def __init__(self, name: str, *, tracker: tracking.Tracker, report: Path | None):
-        self.name, self.tracker, self.report = name, tracker, report
+        self.name, self.tracker = name, tracker
+        # Ranks of one launch compute alike; only the first writes what a stage leaves, the others write aside.
+        self.report = report if report is None or is_first_rank() else Path(tempfile.mkdtemp(prefix=f"{name}-rank-"))
         self.timings: dict[str, float] = {}
         self._curves: list[dict[str, float]] = []
         if report is not None:
@@ -74,11 +77,19 @@ class Stage:
         """Write metrics.json (and curves.csv) into the stage's report folder; tell the tracker, plots included."""
         assert self.report is not None, f"stage {self.name} declares no report path"
         if self._curves:
-            _write_csv(self.report / "curves.csv", self._curves)
+            _write_csv(self.plots / "curves.csv", self._curves)
         write_json(self.report / "metrics.json", metrics)
         self.tracker.metrics(_flat_numbers(metrics), step=None)
-        for path in sorted(self.report.iterdir()):
+        for path in sorted(path for path in self.report.rglob("*") if path.is_file()):
             self.tracker.file(path)
+
+    @property
+    def plots(self) -> Path:
+        """The folder of this stage's plots and curves, one output of DVC, whatever it comes to hold."""
+        assert self.report is not None, f"stage {self.name} declares no report path"
+        folder = self.report / "plots"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def store(self, name: str) -> Path:
         """The file of a row-keyed store; it outlives every run."""
@@ -93,9 +104,21 @@ class Stage:
         return path
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one of its launch that writes outputs (torchrun sets RANK)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @contextlib.contextmanager
 def output_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; it takes path's place, whole, when the block ends without an error."""
+    """A folder to fill; it takes path's place, whole, when the block ends without an error.
+
+    Ranks beyond the first fill a folder of their own, which is thrown away.
+    """
+    if not is_first_rank():
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     aside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     _settle(path, aside, old)
@@ -123,6 +146,7 @@ def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any
     arguments = _parse(name, params_type, paths_type, run)
     paths = paths_type(**{f.name: getattr(arguments, f.name) for f in fields(paths_type)})
     _leave_with_parent()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     keep_freed_memory()
     yield_when_waiting()
     signal.signal(signal.SIGTERM, _stop)
@@ -199,7 +223,7 @@ def _only_writer(name: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as handle:
         # Ranks of one launch share the work: only the first takes the lock.
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_first_rank():
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

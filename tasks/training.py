@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rankwise.fingerprint import digest
 from tasks.params import param
-from tasks.stage import Stage
+from tasks.stage import Stage, is_first_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,4 +113,6 @@ def checkpoint_key(params: TrainingParams, identity: Sequence[Any]) -> str:
 
 def drop_checkpoints(stage: Stage, params: TrainingParams, identity: Sequence[Any]) -> None:
     """The result is in place: its checkpoint is of no more use."""
+    if not is_first_rank():
+        return
     shutil.rmtree(stage.checkpoints(checkpoint_key(params, identity)), ignore_errors=True)

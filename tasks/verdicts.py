@@ -1,4 +1,4 @@
-"""Stage verdicts: the judge is asked about every answer (or pair of answers); raw replies are kept, one a line.
+"""Stage verdicts: the judge is asked about every answer (or pair of answers); raw replies are kept.
 
 Costly and perhaps not reproducible, so nothing is derived here: `preferences` turns replies into rankings.
 """

@@ -1,0 +1,217 @@
+"""A tiny version of the embedded default in a folder of its own, and its stages run there as a user runs them.
+
+A stage runs in a process forked from one that has torch imported already: all that `python -m tasks.NAME` does, seconds
+cheaper. Every test file gets the same finished run (`finished`) to copy and spoil.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import runpy
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tasks.recipe import STAGES, render
+
+ROOT = Path(__file__).parent.parent
+MADE = ("data", "models", "reports")
+
+# As the default, but seconds long: what it learns is of no interest here.
+TINY = {
+    "prompts": {"embedded": {"sft": 120, "rollout": 24, "eval": 12, "labelled": 30, "labelled_test": 12}},
+    "base_model": {"embedded": {"vocabulary": 400, "hidden": 32, "layers": 1, "heads": 2, "context": 192}},
+    "sft": {"epochs": 1, "held_out": 16, "learning_rate": 0.01, "max_answer_tokens": 64},
+    "reward_model": {"epochs": 2, "batch_size": 6, "learning_rate": 0.005},
+    "rollouts": {"max_new_tokens": 12, "max_cut_share": 1.0, "batch_sequences": 16},
+    "preferences": {"tie_below": 0.0, "held_out_share": 0.25},
+    "reference_logprobs": {"max_tokens": 256},
+    "dpo": {"batch_size": 4},
+    "evaluate": {"max_new_tokens": 12},
+    "doctor": {"stop_above": {"row_over_context": 1.0}},
+}
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    [
+        *("rankwise.training", "rankwise.rollouts", "rankwise.judging", "rankwise.reference", "tasks.plots"),
+        *("transformers.models.llama.modeling_llama", "matplotlib.backends.backend_agg", "matplotlib.figure"),
+        *(f"tasks.{stage}" for stage in STAGES),
+        *("tasks.recipe", "pytest", "pyarrow.dataset", "matplotlib.font_manager"),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """How a stage ended."""
+
+    status: int  # exit status; negative: the signal that killed it
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one message of a mistake: exit status 2, no traceback, nothing said twice."""
+        assert self.status == 2, f"status {self.status}\n{self.out}\n{self.err}"
+        assert "Traceback" not in self.out + self.err, self.err
+        before, start, message = f"\n{self.err}".partition("\nerror: ")
+        assert start and "\nerror: " not in message and "error: " not in self.out, self.err
+        return message.strip()
+
+
+class Project:
+    """A folder in which stages are run.
+
+    Example:
+        project.change({"dpo": {"beta": 0.3}})
+        assert project.run("dpo").status == 0
+    """
+
+    def __init__(self, root: Path, recipe: dict[str, Any] | None = None):
+        self.root = root
+        (root / "data/source").mkdir(parents=True)
+        shutil.copytree(ROOT / "recipes", root / "recipes")
+        (root / "params.yaml").write_text(render(TINY if recipe is None else recipe))
+
+    def copy(self, root: Path) -> Project:
+        """The same project elsewhere, with all that it has computed."""
+        shutil.copytree(self.root, root, symlinks=True)
+        other = object.__new__(Project)
+        other.root = root
+        return other
+
+    def change(self, values: dict[str, Any]) -> None:
+        """Set parameters: {"dpo": {"beta": 0.3}}."""
+        path = self.root / "params.yaml"
+        params = yaml.safe_load(path.read_text())
+        for section, changed in values.items():
+            params[section] |= changed
+        path.write_text(yaml.safe_dump(params))
+
+    def run(self, stage: str, *options: str, before: Callable[[], object] | None = None) -> Said:
+        """One stage to its end. before is called first, in the stage's process."""
+        process, logs = self.start(stage, *options, before=before)
+        process.join(120)
+        assert process.exitcode is not None, f"{stage} does not end"
+        return Said(status=process.exitcode, out=logs[0].read_text(), err=logs[1].read_text())
+
+    def start(self, stage: str, *options: str, before: Callable[[], object] | None = None):
+        """One stage as a process, and the files that it prints into."""
+        (self.root / "logs").mkdir(exist_ok=True)
+        logs = tuple(self.root / "logs" / f"{stage}.{stream}" for stream in ("out", "err"))
+        process = _FORKS.Process(target=_as_command, args=(stage, options, self.root, logs, before))
+        process.start()
+        return process, logs
+
+    def run_all(self, *, first: str = STAGES[0], last: str = STAGES[-1]) -> dict[str, Said]:
+        """Stages in order; all must succeed."""
+        told = {}
+        for stage in STAGES[STAGES.index(first) : STAGES.index(last) + 1]:
+            told[stage] = self.run(stage)
+            assert told[stage].status == 0, f"{stage}: {told[stage].out}\n{told[stage].err}"
+        return told
+
+    def tree(self, *names: str) -> dict[str, str]:
+        """Digest of every file below these folders (all outputs, if none is named), by path."""
+        files = (file for name in names or MADE for file in [self.root / name, *(self.root / name).rglob("*")])
+        return {str(f.relative_to(self.root)): hashlib.md5(f.read_bytes()).hexdigest() for f in files if f.is_file()}
+
+    def metrics(self, stage: str) -> dict[str, Any]:
+        return json.loads((self.root / "reports" / stage / "metrics.json").read_text())
+
+    def timings(self, stage: str) -> dict[str, float]:
+        return json.loads((self.root / ".rankwise/timings" / f"{stage}.json").read_text())
+
+
+@functools.cache
+def finished(root: Path) -> Project:
+    """The tiny pipeline after one whole run; made once in a test session. Copy it, do not change it."""
+    project = Project(root / "tiny-pipeline")
+    project.run_all()
+    return project
+
+
+def killed_at(
+    target: str,
+    call: int,
+    *,
+    by: int = signal.SIGKILL,
+    first: Callable[..., object] | None = None,
+    setup: Callable[[], object] | None = None,
+) -> Callable[[], None]:
+    """A `before` that sends the process a signal when target ("module:Class.method") is called for the call-th time.
+
+    first: called with (number of the call, *arguments) before each call; setup: called once.
+    """
+    return functools.partial(_kill_at, target, call, by, first, setup)
+
+
+def checkpoint_before(step: int) -> Callable[..., None]:
+    """For killed_at on a training step: a checkpoint is written before this step and no other."""
+    return functools.partial(_checkpoint_before, step)
+
+
+def _kill_at(target: str, call: int, by: int, first, setup) -> None:
+    if setup is not None:
+        setup()
+    module, _, path = target.partition(":")
+    *owners, name = path.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    real, calls = getattr(owner, name), 0
+
+    def counting(*arguments, **named):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), by)
+        if first is not None:
+            first(calls, *arguments)
+        return real(*arguments, **named)
+
+    setattr(owner, name, counting)
+
+
+def _checkpoint_before(step: int, call: int, run, *_: object) -> None:
+    if call == step:
+        run._save()
+
+
+def _as_command(stage: str, options, root: Path, logs, before) -> None:
+    """python -m tasks.STAGE OPTIONS, run in root."""
+    os.chdir(root)
+    os.environ["RANKWISE_TRACKING"] = "off"
+    for number, log in zip((1, 2), logs):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    sys.path.insert(0, str(root))
+    sys.argv = [f"tasks.{stage}", *options]
+    status = 1
+    try:
+        if before is not None:
+            before()
+        runpy.run_module(f"tasks.{stage}", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def broken(target: str) -> None:
+    """A `before` that puts a defect into target."""
+    module, _, name = target.partition(":")
+    setattr(importlib.import_module(module), name, lambda *_, **__: 1 / 0)
