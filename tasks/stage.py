@@ -32,6 +32,7 @@ from tasks import tracking
 
 # Outside every DVC output, so that nothing computed is lost when DVC clears an output before a run.
 HOME = tracking.home()
+FILE_CLOCK_S = 0.1  # a file's time may lag behind the clock by some milliseconds
 
 
 class Stopped(BaseException):
@@ -45,6 +46,7 @@ class Stage:
         self.name, self.tracker = name, tracker
         # Ranks of one launch compute alike; only the first writes what a stage leaves, the others write aside.
         self.report = report if report is None or is_first_rank() else Path(tempfile.mkdtemp(prefix=f"{name}-rank-"))
+        self._began = time.time()
         self.timings: dict[str, float] = {}
         self._curves: list[dict[str, float]] = []
         if report is not None:
@@ -78,6 +80,9 @@ class Stage:
         assert self.report is not None, f"stage {self.name} declares no report path"
         if self._curves:
             _write_csv(self.plots / "curves.csv", self._curves)
+        for path in (self.report / "plots").glob("*"):
+            if path.stat().st_mtime < self._began - FILE_CLOCK_S:  # of an earlier run, which drew other things
+                path.unlink()
         write_json(self.report / "metrics.json", metrics)
         self.tracker.metrics(_flat_numbers(metrics), step=None)
         for path in sorted(path for path in self.report.rglob("*") if path.is_file()):

@@ -415,7 +415,7 @@ def fill(folder: Path, leave: int) -> None:
     (folder / "ballast").write_bytes(b"\0" * (stats.f_bavail * stats.f_frsize - leave))
 
 
-FULL = [("sft", "models"), ("rollouts", "data"), ("rollouts", ".rankwise"), ("rollouts", "reports"), ("dpo", "models")]
+FULL = [("sft", "models"), ("rollouts", "data"), ("rollouts", ".rankwise"), ("rollouts", "reports")]
 
 
 @pytest.mark.parametrize(("stage", "folder"), FULL)

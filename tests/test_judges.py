@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 
+from rankwise.corpus import draft as review
 from rankwise.corpus import ground_truth
 from rankwise.rows import read_rows, read_table, write_rows
 from rankwise.types import Answer, Row, show_prompt, text_prompt
@@ -48,6 +50,19 @@ def project(tmp_path_factory, tmp_path) -> tiny.Project:
     return made
 
 
+@pytest.fixture
+def written(project) -> tiny.Project:
+    """With answers that mean something: reviews of the corpus; the tiny policy's own are babble that truth scores 0."""
+    texts = [review(1, index).text for index in range(2000)]
+    told = [text for text in texts if ground_truth("", text) != 0]
+    rows = [
+        replace(row, answers=tuple(Answer(text=f" {told[4 * n + k]}") for k in range(4)))
+        for n, row in enumerate(read_rows(project.root / "data/prompts/rollout.parquet"))
+    ]
+    write_rows(project.root / "data/rollouts.parquet", rows)
+    return project
+
+
 def judged(project: tiny.Project, **values: object) -> list[Row]:
     """The preferences that a judge leads to."""
     project.change({"verdicts": {"judge": judge(**values)}})
@@ -77,13 +92,13 @@ def local_model(project: tiny.Project, name: str = "llm") -> str:
 # From verdicts to preferences
 
 
-def test_a_judge_that_knows_makes_right_preferences(project):
-    assert pairs_right(judged(project, **TRUTH)) == 1.0
+def test_a_judge_that_knows_makes_right_preferences(written):
+    assert pairs_right(judged(written, **TRUTH)) == 1.0
 
 
-def test_a_judge_that_is_wrong_makes_wrong_ones(project):
+def test_a_judge_that_is_wrong_makes_wrong_ones(written):
     """The direction of a score is not lost anywhere on the way."""
-    assert pairs_right(judged(project, kind="callable", function="recipes.own:inverted")) == 0.0
+    assert pairs_right(judged(written, kind="callable", function="recipes.own:inverted")) == 0.0
 
 
 def test_answers_are_ranked_by_their_scores_and_equal_scores_tie(project):
@@ -128,17 +143,17 @@ def test_another_rubric_is_another_judge(project):
     assert " 0 known before" in (project.root / "logs/verdicts.out").read_text()
 
 
-def test_what_a_function_depends_on_beside_its_file_is_part_of_the_judge(project):
+def test_what_a_function_depends_on_beside_its_file_is_part_of_the_judge(written):
     """A fitted model or a data file, named by the function's identity: other data, other verdicts."""
-    weight = project.root / "data/source/weight.txt"
+    weight = written.root / "data/source/weight.txt"
     for value, right in (("1.0", 1.0), ("-1.0", 0.0), ("1.0", 1.0)):
         weight.write_text(value)
-        assert pairs_right(judged(project, kind="callable", function="recipes.own:from_data")) == right
+        assert pairs_right(judged(written, kind="callable", function="recipes.own:from_data")) == right
 
 
 def test_switching_back_asks_nothing_again(project):
     expected = project.tree("data/verdicts.parquet")
-    judged(project, **TRUTH)
+    judged(project, kind="callable", function="recipes.own:words")
     assert project.tree("data/verdicts.parquet") != expected
     judged(project)
     assert project.tree("data/verdicts.parquet") == expected
@@ -169,7 +184,8 @@ def test_a_pairwise_judge_gives_a_win_rate_and_no_reward(project):
 
 
 def test_a_judge_that_is_gold_agrees_with_itself(project):
-    metrics = evaluated(project, judge=judge(**TRUTH))
+    words = judge(kind="callable", function="recipes.own:words")
+    metrics = evaluated(project, judge=words, gold=words)
     assert metrics["win_rate"]["judge"] == metrics["win_rate"]["gold"]
     assert metrics["judge_agrees_with_gold"] == {"pairs": 1.0, "correlation": pytest.approx(1.0)}
 
@@ -185,9 +201,10 @@ def test_a_policy_that_is_its_reference_wins_half_and_has_no_kl(project):
 
 def test_reports_of_an_earlier_judge_do_not_linger(project):
     """Plots of a judge that is gone would be read as those of this run."""
-    assert (project.root / "reports/evaluate/win_rates.png").exists()
+    plots = project.root / "reports/evaluate/plots"
+    assert (plots / "gold_rewards.png").exists()
     evaluated(project, gold=None)
-    assert not (project.root / "reports/evaluate/gold_rewards.png").exists()
+    assert not (plots / "gold_rewards.png").exists() and (plots / "judge_rewards.png").exists()
 
 
 # Offline: no rollouts, no judge

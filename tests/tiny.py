@@ -198,6 +198,7 @@ def _as_command(stage: str, options, root: Path, logs, before) -> None:
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     sys.path.insert(0, str(root))
     sys.argv = [f"tasks.{stage}", *options]
+    sys.modules.pop(f"tasks.{stage}")  # imported ahead, but not as a command
     status = 1
     try:
         if before is not None:
