@@ -49,8 +49,9 @@ class Stage:
         self._began = time.time()
         self.timings: dict[str, float] = {}
         self._curves: list[dict[str, float]] = []
-        if report is not None:
-            report.mkdir(parents=True, exist_ok=True)
+        if self.report is not None:
+            # Made even where nothing is drawn (an untrained reward model): DVC wants every declared output to exist.
+            self.plots.mkdir(parents=True, exist_ok=True)
 
     def log(self, text: str) -> None:
         print(f"[{self.name}] {text}", flush=True)
@@ -92,9 +93,7 @@ class Stage:
     def plots(self) -> Path:
         """The folder of this stage's plots and curves, one output of DVC, whatever it comes to hold."""
         assert self.report is not None, f"stage {self.name} declares no report path"
-        folder = self.report / "plots"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return self.report / "plots"
 
     def store(self, name: str) -> Path:
         """The file of a row-keyed store; it outlives every run."""
