@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rankwise.batching import Batch
+from rankwise.batching import Batch, micro_batches
+from rankwise.checkpoints import Precision, numerics
 from rankwise.objectives import (
     Loss,
     implicit_rewards,
@@ -48,6 +49,22 @@ class Learner(Protocol):
         """How much a row counts in the mean: tokens for SFT, one a prompt for preferences."""
 
     def losses(self, output: Any, batch: Any) -> RowLosses: ...
+
+
+def measure(learner: Learner, rows: Sequence[TokenRow], *, max_tokens: int, precision: Precision) -> dict[str, float]:
+    """Loss (a weighted mean, as in training) and stats (means over rows) of rows that are not trained on."""
+    losses = weight = 0.0
+    stats: dict[str, float] = {}
+    where = next(learner.module.parameters()).device
+    with torch.inference_mode(), numerics(precision, where):
+        for part in micro_batches(rows, max_tokens=max_tokens):
+            batch = learner.collate(part).to(where)
+            result = learner.losses(learner.module(batch), batch)
+            losses += float(result.loss_B.double().sum())
+            weight += sum(map(learner.weight, part))
+            for name, values_B in result.stats.items():
+                stats[name] = stats.get(name, 0.0) + float(values_B.double().sum())
+    return {"loss": losses / weight, **{name: value / len(rows) for name, value in stats.items()}}
 
 
 class SftLearner:

@@ -71,8 +71,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
         file_digest(paths.preferences),
         file_digest(paths.reference),
     ]
-    measure = lambda: _measure(learner, held_out, params, prefix="held_out_") if held_out else {}
-    fit(stage, learner, rows, params, identity=identity, on_epoch=measure)
+    measured = fit(stage, learner, rows, params, identity=identity, held_out=held_out)
     with output_folder(paths.policy) as folder:
         save_model(module.model, tokenizer, folder)
     last = stage.curves[-1]
@@ -90,7 +89,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
                 name: last[name]
                 for name in ("loss", "margin", "accuracy", "chosen_logp_change", "rejected_logp_change")
             },
-            **measure(),
+            **measured,
         }
     )
     drop_checkpoints(stage, params, identity)
@@ -161,23 +160,6 @@ def _check_start(learner: PreferenceLearner, rows: list[TokenRow], params: Param
             "another tokenizer or precision. Delete data/reference_logprobs.parquet and run dvc repro dpo"
         )
     return {"loss": loss / len(some), "expected": expected / len(some)}
-
-
-def _measure(learner: PreferenceLearner, rows: list[TokenRow], params: Params, *, prefix: str) -> dict[str, float]:
-    """Means of loss and stats over rows that are not trained on."""
-    import torch
-
-    from rankwise.batching import micro_batches
-    from rankwise.checkpoints import device, numerics
-
-    sums: dict[str, float] = {}
-    with torch.inference_mode(), numerics(params.precision, device()):
-        for part in micro_batches(rows, max_tokens=params.micro_batch_tokens):
-            batch = learner.collate(part).to(device())
-            result = learner.losses(learner.module(batch), batch)
-            for name, values_B in {"loss": result.loss_B, **result.stats}.items():
-                sums[name] = sums.get(name, 0.0) + float(values_B.double().sum())
-    return {prefix + name: value / len(rows) for name, value in sums.items()}
 
 
 if __name__ == "__main__":

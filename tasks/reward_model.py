@@ -17,7 +17,6 @@ from tasks.stage import Stage, main, output_folder
 from tasks.training import TrainingParams, drop_checkpoints, fit
 
 if TYPE_CHECKING:
-    from rankwise.learners import RewardLearner
     from rankwise.rendering import TokenRow
 
 
@@ -61,8 +60,8 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
         file_digest(paths.prompts / "labelled.parquet"),
         file_digest(paths.prompts / "labelled_test.parquet"),
     ]
-    fit(stage, learner, training, params, identity=identity, on_epoch=lambda: _accuracy(learner, test, params))
-    accuracy = share(_accuracy(learner, test, params)["test_accuracy"] * len(test), len(test))
+    measured = fit(stage, learner, training, params, identity=identity, held_out=test)
+    accuracy = share(measured["held_out_accuracy"] * len(test), len(test))
     with output_folder(paths.model) as folder:
         save_model(model, tokenizer, folder)
     training_curves(stage.curves, stage.plots / "curves.png")
@@ -85,21 +84,6 @@ def _rows(table: Path, tokenizer, params: Params) -> list[TokenRow]:
             "prompts.files, or set reward_model.enabled to false and choose another judge (judge.kind)"
         )
     return rows
-
-
-def _accuracy(learner: RewardLearner, rows: list[TokenRow], params: Params) -> dict[str, float]:
-    """Share of held-out ranked pairs that the reward model orders rightly."""
-    import torch
-
-    from rankwise.batching import micro_batches
-    from rankwise.checkpoints import device, numerics
-
-    right = 0.0
-    with torch.inference_mode(), numerics(params.precision, device()):
-        for part in micro_batches(rows, max_tokens=params.micro_batch_tokens):
-            batch = learner.collate(part).to(device())
-            right += float(learner.losses(learner.module(batch), batch).stats["accuracy"].sum())
-    return {"test_accuracy": right / len(rows)}
 
 
 if __name__ == "__main__":

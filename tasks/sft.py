@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rankwise.fingerprint import file_digest, tokenizer_digest, weights_digest
 from rankwise.rows import read_rows
@@ -13,10 +12,6 @@ from rankwise.types import UserError
 from tasks.params import param
 from tasks.stage import Stage, main, output_folder
 from tasks.training import LoraParams, TrainingParams, drop_checkpoints, fit, with_adapters
-
-if TYPE_CHECKING:
-    from rankwise.rendering import TokenRow
-    from rankwise.scoring import LogpModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +57,12 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
         held_out, training = rows[: params.held_out], rows[params.held_out :]
         module = LogpModel(with_adapters(model, params.lora)).to(device())
         identity = [weights_digest(paths.base), tokenizer_digest(paths.base), file_digest(table)]
-        measure = lambda: _held_out(module, held_out, params) if held_out else {}
-        fit(stage, SftLearner(module, 0), training, params, identity=identity, on_epoch=measure)
+        learner = SftLearner(module, 0)
+        measured = fit(stage, learner, training, params, identity=identity, held_out=held_out)
         model = module.model
-        metrics = {"steps": stage.curves[-1]["step"], "loss": stage.curves[-1]["loss"], **measure()}
+        metrics = {"steps": stage.curves[-1]["step"], "loss": stage.curves[-1]["loss"], **measured}
+        if measured:
+            metrics["held_out_perplexity"] = math.exp(measured["held_out_loss"])
     with output_folder(paths.model) as folder:
         save_model(model, tokenizer, folder)
     stage.tracker.dataset(table, "sft")
@@ -74,21 +71,6 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     stage.finish(metrics)
     if params.epochs > 0:
         drop_checkpoints(stage, params, identity)
-
-
-def _held_out(module: LogpModel, rows: list[TokenRow], params: Params) -> dict[str, float]:
-    """Loss a token on rows that were not trained on, and its perplexity."""
-    import torch
-
-    from rankwise.batching import micro_batches
-    from rankwise.checkpoints import device, numerics
-
-    logp = tokens = 0.0
-    with torch.inference_mode(), numerics(params.precision, device()):
-        for part in micro_batches(rows, max_tokens=params.micro_batch_tokens):
-            output = module(module.batch(part, 0).to(device()))
-            logp, tokens = logp + float(output.sum_A.double().sum()), tokens + float(output.tokens_A.sum())
-    return {"held_out_loss": -logp / tokens, "held_out_perplexity": math.exp(-logp / tokens)}
 
 
 if __name__ == "__main__":

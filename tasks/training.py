@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from rankwise.learners import Learner
     from rankwise.rendering import TokenRow
+    from rankwise.training import StepRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,36 +76,47 @@ def fit(
     params: TrainingParams,
     *,
     identity: Sequence[Any],
-    on_epoch: Callable[[], dict[str, float]] = dict,
-) -> None:
-    """Run the loop with this stage's checkpoint, curves and tracker; the checkpoint is dropped by `done`.
+    held_out: Sequence[TokenRow],
+) -> dict[str, float]:
+    """Run the loop with this stage's checkpoint, curves and tracker; returns the last held-out measurement.
+
+    Held-out rows are measured when an epoch ends; the names then begin with "held_out_". The checkpoint stays until
+    drop_checkpoints: the stage's result is not in place yet.
 
     Args:
         identity: fingerprints of everything beside params that the weights depend on.
-        on_epoch: measurements to record when an epoch ends.
     """
-    import time
-
+    from rankwise.learners import measure
     from rankwise.training import Hooks, Settings, train
 
     names = Settings.__dataclass_fields__.keys() & asdict(params).keys()
     settings = Settings(**{name: getattr(params, name) for name in names})
-    folder = stage.checkpoints(checkpoint_key(params, identity))
-    latest = {"step": 0}
+    last = {"step": 0}
+    measured: dict[str, float] = {}
 
-    def record(step_record) -> None:
-        latest["step"] = step_record.step
+    def record(step_record: StepRecord) -> None:
+        last["step"] = step_record.step
         stage.record(step_record.step, step_record.values, step_record.speeds)
 
-    def epoch_done(epoch: int) -> None:
-        if values := on_epoch():
-            stage.log(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-            stage.record(latest["step"], values)
+    def look(epoch: int) -> None:
+        found = measure(learner, held_out, max_tokens=params.micro_batch_tokens, precision=params.precision)
+        measured.update({f"held_out_{name}": value for name, value in found.items()})
+        stage.log(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
+        stage.record(last["step"], measured)
 
-    hooks = Hooks(on_step=record, on_epoch=epoch_done, on_resume=stage.resume_curves, points=lambda: stage.curves)
+    hooks = Hooks(
+        on_step=record,
+        on_epoch=look if held_out else lambda epoch: None,
+        on_resume=stage.resume_curves,
+        points=lambda: stage.curves,
+    )
     began = time.monotonic()
-    train(learner, rows, settings, what=stage.name, checkpoint=folder / "state.safetensors", hooks=hooks)
+    checkpoint = stage.checkpoints(checkpoint_key(params, identity)) / "state.safetensors"
+    last["step"] = train(learner, rows, settings, what=stage.name, checkpoint=checkpoint, hooks=hooks)
     stage.timings["train_seconds"] = time.monotonic() - began
+    if held_out and not measured:  # continued from a checkpoint that stood behind the last epoch
+        look(params.epochs)
+    return measured
 
 
 def checkpoint_key(params: TrainingParams, identity: Sequence[Any]) -> str:

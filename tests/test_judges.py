@@ -14,7 +14,6 @@ from rankwise.corpus import draft as review
 from rankwise.corpus import ground_truth
 from rankwise.rows import read_rows, read_table, write_rows
 from rankwise.types import Answer, Row, show_prompt, text_prompt
-from tasks.judges import JudgeParams
 from tasks.tables import keys
 
 TRUTH = {"kind": "callable", "function": "rankwise.corpus:ground_truth"}
@@ -40,7 +39,7 @@ from_data.identity = lambda: str(weight())
 
 def judge(**values: object) -> dict:
     """One judge's section of params.yaml."""
-    return {**vars(JudgeParams()), **values}
+    return {**tiny.JUDGE, **values}
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from tasks.judges import JudgeParams
 from tasks.recipe import STAGES, render
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,8 @@ TINY = {
     "evaluate": {"max_new_tokens": 12},
     "doctor": {"stop_above": {"row_over_context": 1.0}},
 }
+
+JUDGE = vars(JudgeParams())  # the default judge, as a section of params.yaml
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(

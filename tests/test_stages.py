@@ -1,0 +1,217 @@
+"""Laws of a stage as a command: outputs whole or not at all, locks that die with their holder, options that all work."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+from rankwise.rows import read_rows, write_aside
+from tasks.stage import output_folder
+
+
+@pytest.fixture
+def project(tmp_path_factory, tmp_path) -> tiny.Project:
+    return tiny.finished(tmp_path_factory.getbasetemp()).copy(tmp_path / "copy")
+
+
+# Outputs
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    path = tmp_path / "models/policy"
+    for name in ("first", "second"):
+        with output_folder(path) as folder:
+            (folder / name).write_text(name)
+            assert not (path / name).exists(), "seen before it was whole"
+        assert [file.name for file in path.iterdir()] == [name]
+    assert [file.name for file in path.parent.iterdir()] == ["policy"]
+
+
+def test_a_folder_that_fails_leaves_the_old_one_and_no_litter(tmp_path):
+    path = tmp_path / "policy"
+    with output_folder(path) as folder:
+        (folder / "weights").write_text("old")
+    with pytest.raises(ZeroDivisionError), output_folder(path) as folder:
+        (folder / "weights").write_text("half")
+        raise ZeroDivisionError
+    assert (path / "weights").read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["policy"]
+
+
+def test_a_folder_whose_writer_died_between_its_two_renames_is_put_back(tmp_path):
+    path, old = tmp_path / "policy", tmp_path / ".policy.old"
+    old.mkdir()
+    (old / "weights").write_text("old")
+    with pytest.raises(ZeroDivisionError), output_folder(path):
+        raise ZeroDivisionError
+    assert (path / "weights").read_text() == "old" and not old.exists()
+
+
+def test_what_dead_writers_left_is_removed_and_what_living_ones_write_is_not(tmp_path):
+    done = subprocess.Popen(["true"])
+    done.wait()
+    dead, living, other = (tmp_path / f".m[1].json.{who}.tmp" for who in (done.pid, os.getppid(), "someone"))
+    for path in (dead, living, other):
+        path.write_text("half")
+    write_aside(tmp_path / "m[1].json", lambda aside: aside.write_text("whole"))
+    assert not dead.exists() and living.exists() and other.exists()
+
+
+# The command
+
+
+def test_a_lock_dies_with_its_holder(project):
+    assert project.run("sft", before=tiny.killed_at("tasks.sft:read_rows", 1)).status == -signal.SIGKILL
+    assert project.run("sft").status == 0
+
+
+def test_paths_and_the_params_file_can_be_named(project):
+    (project.root / "params.yaml").rename(project.root / "mine.yaml")
+    told = project.run("preferences", "--params", "mine.yaml", "--preferences", "elsewhere/p.parquet")
+    assert told.status == 0, told.err
+    assert len(read_rows(project.root / "elsewhere/p.parquet")) == 24
+
+
+def test_an_unknown_option_is_refused(project):
+    told = project.run("dpo", "--beta", "0.3")
+    assert told.status == 2 and "unrecognized arguments: --beta 0.3" in told.err and "Traceback" not in told.err
+
+
+def test_seconds_are_kept_apart_from_results(project):
+    assert project.timings("dpo")["seconds"] > 0
+    assert "second" not in (project.root / "reports/dpo/metrics.json").read_text()
+    assert "second" not in (project.root / "reports/dpo/plots/curves.csv").read_text()
+
+
+def test_what_outlives_a_run_can_live_elsewhere(project, tmp_path):
+    """RANKWISE_HOME: a larger or a shared disk."""
+    home = tmp_path / "home"
+    told = project.run("rollouts", before=functools.partial(os.environ.__setitem__, "RANKWISE_HOME", str(home)))
+    assert "24 of 24 prompts answered now" in told.out, told.err
+    assert (home / "stores/rollouts.sqlite").exists() and (home / "timings/rollouts.json").exists()
+
+
+# Options
+
+
+OPTIONS = {  # parameters, and the stages that run under them
+    "ipo": ({"dpo": {"loss": "ipo"}}, ["dpo"]),
+    "label smoothing": ({"dpo": {"label_smoothing": 0.1}}, ["dpo"]),
+    "plain sums": ({"dpo": {"length_normalised": False}}, ["dpo"]),
+    "no checkpointing of gradients, small parts": ({"dpo": {"micro_batch_tokens": 1, "batch_size": 1}}, ["dpo"]),
+    "gradient checkpointing": (
+        {"sft": {"gradient_checkpointing": True}, "dpo": {"gradient_checkpointing": True}},
+        ["dpo", "sft"],
+    ),
+    "adapters": (
+        {name: {"lora": {"rank": 4, "alpha": 16.0, "targets": ["q_proj", "v_proj"]}} for name in ("dpo", "sft")},
+        ["dpo", "sft"],
+    ),
+    "medium": (
+        {name: {"precision": "medium"} for name in ("reference_logprobs", "dpo")},
+        ["reference_logprobs", "dpo"],
+    ),
+    "bf16": ({name: {"precision": "bf16"} for name in ("reference_logprobs", "dpo")}, ["reference_logprobs", "dpo"]),
+    "the base model as it is": ({"sft": {"epochs": 0}}, ["sft"]),
+    "nothing held out": ({"sft": {"held_out": 0}, "preferences": {"held_out_share": 0.0}}, ["sft", "preferences"]),
+    "constant rate, no clipping": (
+        {"dpo": {"schedule": "constant", "warmup_share": 0.0, "max_grad_norm": 0.0}},
+        ["dpo"],
+    ),
+    "nucleus": ({"rollouts": {"top_p": 0.9, "top_k": 50, "temperature": 0.7}}, ["rollouts"]),
+    "greedy evaluation": ({"evaluate": {"temperature": 0.0}}, ["evaluate"]),
+    "K = 8": ({"rollouts": {"k": 8}}, ["rollouts", "verdicts", "preferences", "reference_logprobs", "dpo"]),
+    "short prompts": (
+        {name: {"max_prompt_tokens": 8} for name in ("rollouts", "reference_logprobs", "evaluate")},
+        ["rollouts", "verdicts", "preferences", "reference_logprobs", "dpo", "evaluate"],
+    ),
+    "short answers": (
+        {"reference_logprobs": {"max_answer_tokens": 5}},
+        ["reference_logprobs", "dpo"],
+    ),
+    "a judge that reads less": (
+        {"verdicts": {"judge": {**tiny.JUDGE, "max_tokens": 12}}},
+        ["verdicts", "preferences"],
+    ),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_works(project, option):
+    changes, stages = OPTIONS[option]
+    project.change(changes)
+    for stage in stages:
+        told = project.run(stage)
+        assert told.status == 0, told.out + told.err
+        assert "Warning" not in told.err, told.err
+    if "dpo" in stages:
+        metrics = project.metrics("dpo")
+        assert metrics["start_loss"] == pytest.approx(
+            metrics["start_loss_expected"], abs=2e-2 if option == "bf16" else 1e-4
+        )
+        assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_without_a_held_out_row_there_is_no_preference_accuracy(project):
+    project.change({"preferences": {"held_out_share": 0.0}})
+    project.run_all(first="preferences", last="evaluate")
+    assert "preference_accuracy" not in project.metrics("evaluate")
+    assert project.metrics("dpo")["held_out_rows"] == 0
+
+
+def test_everything_held_out_leaves_nothing_to_train_on(project):
+    """With few prompts a share may take them all."""
+    rows = read_rows(project.root / "data/prompts/rollout.parquet")
+    from rankwise.rows import write_rows
+
+    write_rows(project.root / "data/prompts/rollout.parquet", rows[:1])
+    for stage in ("rollouts", "verdicts"):
+        assert project.run(stage).status == 0
+    project.change({"preferences": {"held_out_share": 0.9}})
+    if project.run("preferences").status == 0:
+        assert project.run("reference_logprobs").status == 0
+        assert "dpo" in project.run("dpo").error
+
+
+# As real processes
+
+
+def command(project: tiny.Project, *words: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", *words], cwd=project.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1.0, 3.0, 4.5])
+def test_killed_at_any_time_a_rerun_gives_the_same_bytes(project, seconds):
+    project.change({"sft": {"epochs": 30}})
+    assert project.run("sft").status == 0
+    expected = project.tree("models/sft", "reports/sft")
+    process = command(project, "tasks.sft")
+    time.sleep(seconds)
+    process.kill()
+    process.communicate()
+    assert project.run("sft").status == 0
+    assert project.tree("models/sft", "reports/sft") == expected
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(project):
+    """torchrun: the same mean over the same rows, written once."""
+    one = project.metrics("dpo")
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tasks.dpo"]
+    out, _ = (process := command(project, *launch)).communicate(timeout=120)
+    assert process.returncode == 0, out
+    two = json.loads((project.root / "reports/dpo/metrics.json").read_text())
+    assert two == {name: pytest.approx(value, abs=2e-4) for name, value in one.items()}
+    assert [path for path in project.tree() if ".tmp" in path or "rank" in path] == []
