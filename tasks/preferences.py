@@ -60,6 +60,11 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
             f"{params.max_tied_share:.0%}); a tie teaches nothing. Lower preferences.tie_below "
             f"({params.tie_below} nats), raise rollouts.temperature, or use a judge that tells answers apart"
         )
+    if all(row.meta["split"] == "held_out" for row in kept):
+        raise UserError(
+            f"all {len(kept)} ranked rows are held out, none is left to train on; lower preferences.held_out_share "
+            f"({params.held_out_share}) or give more prompts"
+        )
     write_rows(paths.preferences, kept)
     stage.tracker.table("preferences", [_shown(row) for row in kept[:SAMPLE_ROWS]])
     stage.log(f"{len(kept)} ranked rows, {tied} left out because all their answers tie")

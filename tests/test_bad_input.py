@@ -20,6 +20,7 @@ import yaml
 
 from rankwise.rows import write_rows
 from rankwise.store import Store
+from tasks.tables import TABLES
 
 
 @pytest.fixture
@@ -149,7 +150,7 @@ def test_params_that_are_no_yaml(project):
 # Tables
 
 
-TABLES = {  # a table, and a stage that reads it
+READ_BY = {  # a table, and a stage that reads it
     "data/prompts/sft.parquet": "sft",
     "data/prompts/labelled.parquet": "reward_model",
     "data/prompts/eval.parquet": "evaluate",
@@ -160,24 +161,24 @@ TABLES = {  # a table, and a stage that reads it
 }
 
 
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", READ_BY)
 def test_a_missing_table(project, table):
     (project.root / table).unlink()
-    refused(project, TABLES[table], f"{table}: no such table; run the stage that makes it first")
+    refused(project, READ_BY[table], f"{table}: no such table; run the stage that makes it first")
 
 
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", READ_BY)
 def test_a_table_cut_short(project, table):
     path = project.root / table
     path.write_bytes(path.read_bytes()[:-100])
-    refused(project, TABLES[table], f"{table}: not a readable Parquet file")
+    refused(project, READ_BY[table], f"{table}: not a readable Parquet file")
 
 
-@pytest.mark.parametrize("table", [table for table in TABLES if "verdicts" not in table and "logprobs" not in table])
+@pytest.mark.parametrize("table", [table for table in READ_BY if "verdicts" not in table and "logprobs" not in table])
 def test_an_empty_table(project, table):
     """Rollouts may be empty, for imported preferences: then it is what follows that has nothing to do."""
     write_rows(project.root / table, [])
-    stage = TABLES[table]
+    stage = READ_BY[table]
     if stage == "verdicts":
         assert project.run("verdicts").status == 0
         stage = "preferences"
@@ -215,8 +216,7 @@ def test_a_judge_function_that_gives_no_score(project, reply):
 
 def from_file(project: tiny.Project, name: str, text: str) -> None:
     (project.root / "data/source" / name).write_text(text)
-    files = dict.fromkeys(("sft", "rollout", "eval", "labelled", "labelled_test", "preferences"), {})
-    project.change({"prompts": {"source": "files", "files": files | {"sft": {"path": name}}}})
+    project.change({"prompts": {"source": "files", "files": {role: {} for role in TABLES} | {"sft": {"path": name}}}})
 
 
 def test_a_broken_json_line(project):

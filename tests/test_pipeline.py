@@ -1,4 +1,4 @@
-"""Laws of the whole pipeline, on a tiny version of the embedded default: every stage as a process in a folder of its own.
+"""Laws of the whole pipeline, on a tiny version of the embedded default; every stage is a process of its own.
 
 What DVC adds (what is rerun, the same lock twice) is at the end, as slow tests in a copy of the repository.
 """
@@ -280,15 +280,16 @@ def test_sigterm_writes_a_checkpoint_and_a_rerun_continues_to_the_same_bytes(pro
 # Through DVC
 
 
+QUIET = {
+    "DVC_NO_ANALYTICS": "1",
+    "RANKWISE_TRACKING": "off",
+    "OMP_NUM_THREADS": "1",
+    **{f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+}
+
+
 class Repository:
     """A clone of this working tree with tiny params, under git and DVC."""
-
-    QUIET = {
-        "DVC_NO_ANALYTICS": "1",
-        "RANKWISE_TRACKING": "off",
-        "OMP_NUM_THREADS": "1",
-        **{f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
-    }
 
     def __init__(self, root: Path):
         self.root = root
@@ -309,7 +310,7 @@ class Repository:
     def command(self, *words: str) -> str:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         # This copy's own modules, not those of the installed tree.
-        environment = {**os.environ, **self.QUIET, "PATH": path, "PYTHONPATH": str(self.root)}
+        environment = {**os.environ, **QUIET, "PATH": path, "PYTHONPATH": str(self.root)}
         done = subprocess.run(words, cwd=self.root, env=environment, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr

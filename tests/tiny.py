@@ -70,7 +70,7 @@ class Said:
         """The one message of a mistake: exit status 2, no traceback, nothing said twice."""
         assert self.status == 2, f"status {self.status}\n{self.out}\n{self.err}"
         assert "Traceback" not in self.out + self.err, self.err
-        before, start, message = f"\n{self.err}".partition("\nerror: ")
+        _, start, message = f"\n{self.err}".partition("\nerror: ")
         assert start and "\nerror: " not in message and "error: " not in self.out, self.err
         return message.strip()
 
@@ -201,11 +201,11 @@ def _as_command(stage: str, options, root: Path, logs, before) -> None:
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     sys.path.insert(0, str(root))
     sys.argv = [f"tasks.{stage}", *options]
-    sys.modules.pop(f"tasks.{stage}")  # imported ahead, but not as a command
     status = 1
     try:
         if before is not None:
             before()
+        sys.modules.pop(f"tasks.{stage}", None)  # imported ahead, but not as a command
         runpy.run_module(f"tasks.{stage}", run_name="__main__", alter_sys=True)
     except SystemExit as end:
         status = end.code
