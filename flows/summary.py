@@ -77,9 +77,9 @@ def headline(report: dict[str, Any] | None = None) -> list[tuple[str, str, str]]
     both = ("policy", "reference")
     found = [
         ("win rate (judge)", wins.get("judge"), None, True),
-        ("win rate (ground truth)", wins.get("gold"), None, True),
+        ("win rate (gold)", wins.get("gold"), None, True),
         ("reward", *_pair(report.get("reward"), both), False),
-        ("positive share (ground truth)", *_pair(report.get("positive_share"), both), True),
+        ("positive share (gold)", *_pair(report.get("positive_share"), both), True),
         ("KL to the reference (nats)", report.get("kl"), None, False),
         ("answer length (words)", *_pair(report.get("length"), both), False),
         ("distinct-2", *_pair(report.get("distinct_2"), both), False),

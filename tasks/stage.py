@@ -54,7 +54,8 @@ class Stage:
             self.plots.mkdir(parents=True, exist_ok=True)
 
     def log(self, text: str) -> None:
-        print(f"[{self.name}] {text}", flush=True)
+        if is_first_rank():
+            print(f"[{self.name}] {text}", flush=True)
 
     def record(self, step: int, values: dict[str, float], speeds: dict[str, float] | None = None) -> None:
         """One point of the curves, at an optimizer step; a second call for the same step adds to it.
@@ -165,7 +166,7 @@ def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         print(
-            f"error: {error.filename or name}: {error.strerror}; nothing computed so far is lost: "
+            f"error: {error.filename or name}: {error.strerror}; what is in the row stores and the last checkpoint is kept: "
             f"mend that and run the same command again",
             file=sys.stderr,
             flush=True,
