@@ -166,8 +166,8 @@ def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         print(
-            f"error: {error.filename or name}: {error.strerror}; what is in the row stores and the last checkpoint is kept: "
-            f"mend that and run the same command again",
+            f"error: {error.filename or name}: {error.strerror}; row stores and the last checkpoint are kept: "
+            "mend that and run the same command again",
             file=sys.stderr,
             flush=True,
         )

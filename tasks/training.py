@@ -62,6 +62,12 @@ def with_adapters(model: PreTrainedModel, lora: LoraParams) -> Any:
 
     from rankwise.types import UserError
 
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "")
+    if any(f".{head}".endswith(f".{target}") for target in lora.targets):
+        raise UserError(
+            f"lora.targets {lora.targets}: {head} is the output head, which is read in chunks past any adapter, so one "
+            "there would learn nothing; leave it out"
+        )
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM")
     try:
         return get_peft_model(model, config)

@@ -122,6 +122,11 @@ PARAMETERS = {  # what is done to params.yaml, the stage that is run, words of i
         "dpo",
         ("lora.targets ['q_prj']",),
     ),
+    "an adapter on the output head": (
+        lambda p: p["dpo"]["lora"].update(rank=4, targets=["q_proj", "lm_head"]),
+        "dpo",
+        ("lm_head is the output head",),
+    ),
     "nothing to train on after holding out": (
         lambda p: p["sft"].update(held_out=120),
         "sft",
