@@ -217,7 +217,7 @@ def test_the_end_table_shows_what_was_measured_and_nothing_else():
         ("win rate (judge)", "91.4 % [88.0 %, 94.0 %]", ""),
         ("reward", "2 [1.5, 2.5]", "0.25"),
         ("KL to the reference (nats)", "3", ""),
-        ("answer length (tokens)", "20.25", ""),
+        ("answer length (words)", "20.25", ""),
     ]
 
 
