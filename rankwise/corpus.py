@@ -21,9 +21,11 @@ import random
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from rankwise import lexicon as lex
+from rankwise.fingerprint import file_digest
 from rankwise.types import UserError
 
 WORD_RANGE = (25, 45)  # words of a review
@@ -80,6 +82,10 @@ def ground_truth(prompt: str, answer: str) -> float:
     The prompt counts as context alone: an answer " dull." after "It was not" is read as praise.
     """
     return lex.score(lex.read(prompt + answer, start=len(prompt)))
+
+
+# As a judge, it depends on the lexicon too: kept scores must not outlive an edit of it.
+ground_truth.identity = lambda: file_digest(Path(lex.__file__))
 
 
 def _need_whole(function: str, **arguments: object) -> None:

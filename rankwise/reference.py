@@ -6,6 +6,7 @@ change of learning rate, β, loss or batch size is a hit; other weights, tokeniz
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from rankwise.progress import Progress
 from rankwise.rendering import TokenRow
 from rankwise.scoring import LogpModel
 from rankwise.store import Store
+from rankwise.types import UserError
 
 NUMERICS = 1  # raise it when the log-probability code gives other numbers than before
 COMMIT_ROWS = 64  # rows lost at most when killed
@@ -66,6 +68,11 @@ def score_rows(
                 batch = module.batch(part, 0).to(device)
                 logp_BK = batch.by_prompt(module(batch).sum_A.float())
                 for row, logps in zip(part, logp_BK.tolist()):
+                    if not all(map(math.isfinite, logps)):
+                        raise UserError(
+                            f"{what}: row {row.id!r} has log-probabilities {logps}; the reference's weights or its "
+                            "precision are at fault: look at models/sft, or use precision fp32"
+                        )
                     fresh[keys[row.id]] = logps[: len(row.answers_ids)]
                 if len(fresh) >= COMMIT_ROWS:
                     store.put_many(fresh)

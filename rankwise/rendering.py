@@ -89,7 +89,7 @@ class Renderer:
         """A row as tokens. Answers that carry token ids (rollouts) keep them: nothing is tokenized twice."""
         answers = row.answers if answers is None else answers
         full = self.prompt_ids(row.prompt)
-        kept = full[-self.max_prompt_tokens :] if self.max_prompt_tokens else full
+        kept = self._within(full)
         answers_ids, merges, cut = [], 0, len(full) - len(kept)
         for answer in answers:
             if answer.token_ids is not None:
@@ -111,6 +111,14 @@ class Renderer:
             boundary_merges=merges,
             cut_tokens=cut,
         )
+
+    def _within(self, prompt_ids: list[int]) -> list[int]:
+        """The prompt's end within the limit, its BOS kept in front: the model knows no text without one."""
+        limit = self.max_prompt_tokens
+        if not limit or len(prompt_ids) <= limit:
+            return prompt_ids
+        bos = prompt_ids[:1] if prompt_ids[0] == self.tokenizer.bos_token_id else []
+        return [*bos, *prompt_ids[len(prompt_ids) - limit + len(bos) :]]
 
     def text(self, token_ids: Sequence[int]) -> str:
         """The text of sampled tokens, special tokens left out."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from rankwise.batching import Batch, padded_rows, shared_rows
 from rankwise.logprobs import token_logps
 from rankwise.rendering import TokenRow
+from rankwise.types import UserError
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +35,16 @@ class LogpModel(nn.Module):
     """A causal LM as a function from a batch of token rows to the log-probabilities of their answers.
 
     layout "shared" computes a prompt once and its K answers beside it, under a tree mask; "padded" computes every
-    answer in a row of its own and works with any model. Left at "auto", the model itself decides: a small batch
-    is scored both ways, and where they differ the padded layout is used and the log says so.
+    answer in a row of its own. Left at "auto", the model itself decides: a small batch is scored in both, and the
+    first layout is taken whose numbers are those of the model's own logits; the log says where it is the padded one.
+
+    Raises UserError at "auto" where neither is.
     """
 
     def __init__(self, model: PreTrainedModel, *, layout: str = "auto"):
         super().__init__()
         self.model = model
-        self.layout = layout if layout != "auto" else ("shared" if _shares_prompts(model) else "padded")
+        self.layout = layout if layout != "auto" else _layout_of(model)
         if self.layout == "padded" and layout == "auto":
             log.warning(
                 "%s cannot share a prompt among its answers; rows are padded instead", type(_plain(model)).__name__
@@ -112,32 +115,46 @@ def _within_window(model: PreTrainedModel, rows: list[TokenRow]) -> bool:
 
 
 @torch.no_grad()
-def _shares_prompts(model: PreTrainedModel) -> bool:
-    """Score a small batch in the shared layout and one answer at a time through the model's own logits."""
-    plain = _plain(model)
-    vocabulary = plain.config.get_text_config().vocab_size
-    ids = torch.arange(1, 24) * 7919 % max(vocabulary - 1, 1) + 1
-    ids = [int(i) % vocabulary for i in ids]
-    rows = [
-        TokenRow(id="probe-1", prompt_ids=tuple(ids[:5]), answers_ids=(tuple(ids[5:9]), tuple(ids[9:15]))),
-        TokenRow(id="probe-2", prompt_ids=tuple(ids[15:18]), answers_ids=(tuple(ids[18:20]), tuple(ids[20:23]))),
-    ]
-    device = next(plain.parameters()).device
+def _layout_of(model: PreTrainedModel) -> str:
+    """The first layout that gives the log-probabilities of the model's own logits; raises UserError where none does."""
+    rows = _probe_rows(_plain(model).config.get_text_config().vocab_size)
     was_training = model.training
     model.eval()
     try:
-        shared = LogpModel(model, layout="shared")(shared_rows(rows, 0).to(device)).sum_A
-    except Exception as error:
-        # Any refusal of a 4-D mask or of position ids means the same thing: this model cannot take the layout.
-        log.info("shared layout refused: %s", error)
-        return False
+        for layout in ("shared", "padded"):
+            if _agrees(model, rows, layout):
+                return layout
     finally:
         model.train(was_training)
-    model.eval()
+    raise UserError(
+        f"{type(_plain(model)).__name__}: log-probabilities computed from its last hidden states differ from those of "
+        "its own logits (a scaled head, or attention that is not causal), so training on them would be wrong in "
+        "silence; use a causal LM whose logits are its output embedding applied to its last hidden states"
+    )
+
+
+@torch.no_grad()
+def _agrees(model: PreTrainedModel, rows: list[TokenRow], layout: str) -> bool:
+    """Score a small batch in a layout and one answer at a time through the model's own logits."""
+    plain = _plain(model)
+    lay = shared_rows if layout == "shared" else padded_rows
+    try:
+        ours = LogpModel(model, layout=layout)(lay(rows, 0).to(next(plain.parameters()).device)).sum_A
+    except Exception as error:
+        # Any refusal of a 4-D mask or of position ids means the same thing: this model cannot take the layout.
+        log.info("layout %s refused: %s", layout, error)
+        return False
     alone = torch.stack([_one_by_one(plain, row.prompt_ids, answer) for row in rows for answer in row.answers_ids])
-    model.train(was_training)
     per_token = 1e-4 if next(plain.parameters()).dtype in (torch.float32, torch.float64) else 5e-2
-    return bool(torch.allclose(shared.float(), alone.float(), rtol=0, atol=per_token * 6))
+    return bool(torch.allclose(ours.float(), alone.float(), rtol=0, atol=per_token * 6))
+
+
+def _probe_rows(vocabulary: int) -> list[TokenRow]:
+    ids = [(n * 7919 % max(vocabulary - 1, 1) + 1) % vocabulary for n in range(1, 24)]
+    return [
+        TokenRow(id="probe-1", prompt_ids=tuple(ids[:5]), answers_ids=(tuple(ids[5:9]), tuple(ids[9:15]))),
+        TokenRow(id="probe-2", prompt_ids=tuple(ids[15:18]), answers_ids=(tuple(ids[18:20]), tuple(ids[20:23]))),
+    ]
 
 
 def _one_by_one(model: PreTrainedModel, prompt_ids: tuple[int, ...], answer_ids: tuple[int, ...]) -> Tensor:

@@ -154,6 +154,9 @@ class _Run:
                     self.learner.module.train()
                 if time.monotonic() - self.saved_at > self.settings.checkpoint_every_s:
                     self._save()
+            if signals.arrived:  # in the last step, or while held-out rows were measured
+                self._save()
+                signals.deliver()
         self.learner.module.eval()
         return total
 
@@ -179,6 +182,7 @@ class _Run:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm or math.inf)
         values = sums.gathered(self.accelerator, total_weight=total_weight, rows=len(members))
         if not (math.isfinite(values["loss"]) and math.isfinite(float(norm))):
+            self._save()
             raise NonFiniteLoss(self._blame(members, sums, float(norm)))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -212,7 +216,8 @@ class _Run:
         return (
             f"{self.what}: loss or gradient is not finite at step {self.done + 1} (gradient norm {norm}); "
             f"rows: {', '.join(bad[:10])}{' …' if len(bad) > 10 else ''} ({len(bad)} in all). The weights of step "
-            f"{self.done} are kept. Lower learning_rate, use precision fp32, or look at these rows"
+            f"{self.done} are in the checkpoint. Look at these rows; with other parameters (a lower "
+            "learning_rate, precision fp32) training begins anew"
         )
 
     def _save(self) -> None:

@@ -14,7 +14,7 @@ from rankwise.rows import read_rows, read_table
 from rankwise.types import UserError
 from tasks.params import param
 from tasks.stage import Stage, main, output_folder
-from tasks.training import LoraParams, TrainingParams, drop_checkpoints, fit, with_adapters
+from tasks.training import LoraParams, TrainingParams, drop_checkpoints, fit, last_epoch, with_adapters
 
 if TYPE_CHECKING:
     from rankwise.learners import PreferenceLearner
@@ -55,7 +55,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
 
     tokenizer = load_tokenizer(paths.sft)
     rows, held_out, references = _load(params, paths, tokenizer)
-    module = LogpModel(with_adapters(load_causal_lm(paths.sft), params.lora)).to(device())
+    module = LogpModel(with_adapters(load_causal_lm(paths.sft), params.lora, seed=params.seed)).to(device())
     settings = PreferenceSettings(
         beta=params.beta,
         loss=params.loss,
@@ -74,7 +74,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     measured = fit(stage, learner, rows, params, identity=identity, held_out=held_out)
     with output_folder(paths.policy) as folder:
         save_model(module.model, tokenizer, folder)
-    last = stage.curves[-1]
+    last = last_epoch(stage.curves)
     stage.tracker.dataset(paths.preferences, "preferences")
     stage.tracker.tags({"reference_weights": identity[0]})
     training_curves(stage.curves, stage.plots / "curves.png", start_loss=start["expected"])
@@ -150,7 +150,8 @@ def _check_start(learner: PreferenceLearner, rows: list[TokenRow], params: Param
             batch = learner.collate(part).to(device())
             output = learner.module(batch)
             gap_BK = (batch.by_prompt(output.sum_A) - learner.reference_logps(batch)).abs()
-            worst = max(worst, float((gap_BK / batch.by_prompt(output.tokens_A).clamp(min=1)).max()))
+            gap = float((gap_BK / batch.by_prompt(output.tokens_A).clamp(min=1)).max())
+            worst = gap if not gap <= worst else worst  # a NaN stays
             loss += float(learner.losses(output, batch).loss_B.sum())
             expected += float(learner.loss_at_start(batch).sum())
     if not worst <= START_TOLERANCE[params.precision]:

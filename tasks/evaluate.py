@@ -58,6 +58,8 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
         )
     answers = _answers(prompts, params, paths, stage)
     metrics: dict[str, Any] = {"prompts": len(prompts), **_texts(answers), "kl": _kl(answers["policy"], params, paths)}
+    if (params.temperature, params.top_p, params.top_k) != (1.0, 1.0, 0):
+        stage.log("kl and objective_e1 are of answers drawn with temperature, top_p or top_k, not of the model itself")
     scores = {}
     for name, judge_params in (("judge", params.judge), ("gold", params.gold)):
         if judge_params is not None and not _nothing_trained(judge_params, paths):

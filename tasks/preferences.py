@@ -45,14 +45,13 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     from rankwise.ranking import all_tied
 
     judged = _judged(read_rows(paths.rollouts), paths.verdicts, params)
-    imported = [replace(row, answers=row.ranked) for row in read_rows(paths.prompts / "preferences.parquet")]
-    rows = [one.row for one in judged] + imported
+    rows = [_split(one.row, params.held_out_share) for one in judged] + _imported(paths.prompts, params)
     if not rows:
         raise UserError(
             f"neither {paths.rollouts} nor {paths.prompts / 'preferences.parquet'} holds a row: there is nothing to "
             "prefer; name prompts or preferences in prompts.files"
         )
-    kept = [_split(row, params.held_out_share) for row in rows if not all_tied(row)]
+    kept = [row for row in rows if not all_tied(row)]
     tied = len(rows) - len(kept)
     if not kept or tied / len(rows) > params.max_tied_share:
         raise UserError(
@@ -69,6 +68,18 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     stage.tracker.table("preferences", [_shown(row) for row in kept[:SAMPLE_ROWS]])
     stage.log(f"{len(kept)} ranked rows, {tied} left out because all their answers tie")
     stage.finish(_summary(kept, judged, tied))
+
+
+def _imported(prompts: Path, params: Params) -> list[Row]:
+    """Imported rankings; held out are those of eval, which SFT never saw, or a share where eval has no ranks."""
+    training = [replace(row, answers=row.ranked) for row in read_rows(prompts / "preferences.parquet")]
+    if not training:
+        return []
+    unseen = [replace(row, answers=row.ranked) for row in read_rows(prompts / "eval.parquet") if len(row.ranked) > 1]
+    if not unseen:
+        return [_split(row, params.held_out_share) for row in training]
+    mark = lambda row, split: replace(row, meta={**row.meta, "split": split})
+    return [mark(row, "train") for row in training] + [mark(row, "held_out") for row in unseen]
 
 
 def _judged(rollouts: Sequence[Row], verdicts: Path, params: Params) -> list[Judged]:

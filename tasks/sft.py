@@ -11,7 +11,7 @@ from rankwise.rows import read_rows
 from rankwise.types import UserError
 from tasks.params import param
 from tasks.stage import Stage, main, output_folder
-from tasks.training import LoraParams, TrainingParams, drop_checkpoints, fit, with_adapters
+from tasks.training import LoraParams, TrainingParams, drop_checkpoints, fit, last_epoch, with_adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +55,12 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
                 "give more rows, or lower sft.held_out"
             )
         held_out, training = rows[: params.held_out], rows[params.held_out :]
-        module = LogpModel(with_adapters(model, params.lora)).to(device())
+        module = LogpModel(with_adapters(model, params.lora, seed=params.seed)).to(device())
         identity = [weights_digest(paths.base), tokenizer_digest(paths.base), file_digest(table)]
         learner = SftLearner(module, 0)
         measured = fit(stage, learner, training, params, identity=identity, held_out=held_out)
         model = module.model
-        metrics = {"steps": stage.curves[-1]["step"], "loss": stage.curves[-1]["loss"], **measured}
+        metrics = {"steps": stage.curves[-1]["step"], "loss": last_epoch(stage.curves)["loss"], **measured}
         if measured:
             metrics["held_out_perplexity"] = math.exp(measured["held_out_loss"])
     with output_folder(paths.model) as folder:

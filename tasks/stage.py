@@ -12,6 +12,7 @@ import csv
 import ctypes
 import errno
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from rankwise.rows import write_json
+from rankwise.rows import write_aside, write_json
 from rankwise.runtime import keep_freed_memory, yield_when_waiting
 from rankwise.types import UserError
 from tasks import params as params_module
@@ -258,10 +259,12 @@ def _stop(*_: object) -> None:
 
 def _write_csv(path: Path, points: list[dict[str, float]]) -> None:
     columns = list(dict.fromkeys(key for point in points for key in point))
-    with open(path, "w", encoding="utf-8", newline="") as handle:
-        writer = csv.DictWriter(handle, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(points)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(points)
+    # Never in place: the file there may be a hard link into DVC's cache.
+    write_aside(path, lambda aside: aside.write_text(text.getvalue(), encoding="utf-8"))
 
 
 def _flat_numbers(value: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -54,7 +54,7 @@ class LoraParams:
     )
 
 
-def with_adapters(model: PreTrainedModel, lora: LoraParams) -> Any:
+def with_adapters(model: PreTrainedModel, lora: LoraParams, *, seed: int) -> Any:
     """The model itself, or the model with trainable adapters and frozen weights."""
     if lora.rank == 0:
         return model
@@ -62,12 +62,18 @@ def with_adapters(model: PreTrainedModel, lora: LoraParams) -> Any:
 
     from rankwise.types import UserError
 
-    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "")
-    if any(f".{head}".endswith(f".{target}") for target in lora.targets):
+    tied = [model.get_input_embeddings()] if model.config.tie_word_embeddings else []
+    fixed = [
+        n for n, module in model.named_modules() if any(module is m for m in (model.get_output_embeddings(), *tied))
+    ]
+    if wrong := [n for n in fixed if any(f".{n}".endswith(f".{target}") for target in lora.targets)]:
         raise UserError(
-            f"lora.targets {lora.targets}: {head} is the output head, which is read in chunks past any adapter, so one "
-            "there would learn nothing; leave it out"
+            f"lora.targets {lora.targets}: {wrong[0]} is the output head (or the embedding tied to it), whose weight "
+            "is read in chunks past any adapter; leave it out"
         )
+    import torch
+
+    torch.manual_seed(seed)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM")
     try:
         return get_peft_model(model, config)
@@ -123,6 +129,12 @@ def fit(
     if held_out and not measured:  # continued from a checkpoint that stood behind the last epoch
         look(params.epochs)
     return measured
+
+
+def last_epoch(curves: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means of the curves' columns over the last epoch's steps: one step alone is noise."""
+    points = [point for point in curves if point["epoch"] > curves[-1]["epoch"] - 1]
+    return {name: sum(point[name] for point in points) / len(points) for name in points[0]}
 
 
 def checkpoint_key(params: TrainingParams, identity: Sequence[Any]) -> str:

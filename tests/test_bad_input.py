@@ -447,7 +447,7 @@ def test_a_second_process_of_the_same_stage(project):
 
 def test_a_loss_that_is_not_finite_names_its_rows(project):
     project.change({"sft": {"learning_rate": 1e30, "max_grad_norm": 0.0}})
-    refused(project, "sft", "not finite at step", "rows: review-", "Lower learning_rate")
+    refused(project, "sft", "not finite at step", "rows: review-", "a lower learning_rate")
 
 
 def test_an_own_defect_keeps_its_traceback(project):

@@ -188,7 +188,7 @@ def test_stopping_the_flow_waits_for_a_checkpoint_and_leaves_no_children(toy, ap
     assert wait_for(lambda: note.exists() and note.read_text())
     time.sleep(0.3)
     flow.send_signal(number)
-    said, _ = flow.communicate(timeout=30)
+    said, _ = flow.communicate(timeout=90)
     assert flow.returncode == status, said
     assert (toy.root / "prompts.checkpoint").exists() and not alive(int(note.read_text()))
     assert said.splitlines()[-1].endswith("Continue with: python -m flows.align")

@@ -51,7 +51,11 @@ def pairs(n, **more):
 
 def texts(n, start=0):
     return [
-        {"id": f"t{i}", "text": f"opening {i} of a text that is {'good' if i % 2 else 'bad'}", "label": i % 2}
+        {
+            "id": f"t{i}",
+            "text": f"opening {i} of a text that is {'good' if i % 2 else 'bad'} from its first word to its last",
+            "label": i % 2,
+        }
         for i in range(start, start + n)
     ]
 

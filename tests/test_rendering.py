@@ -193,3 +193,10 @@ def test_ranks_and_strengths_are_all_there_or_not_at_all():
     assert out.ranks == () and out.strengths == ()
     both = Row(id="r", prompt=text_prompt("a"), answers=(Answer(text="b", rank=0, strength=1.5),))
     assert Renderer(tokenizer()).render(both).strengths == (1.5,)
+
+
+def test_a_cut_prompt_keeps_its_bos():
+    made = tokenizer(bos=True)
+    ids = Renderer(made, max_prompt_tokens=3).render(row("abcde", "x")).prompt_ids
+    whole = Renderer(made).render(row("abcde", "x")).prompt_ids
+    assert whole[0] == made.bos_token_id and ids == (whole[0], *whole[-2:])

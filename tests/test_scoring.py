@@ -14,6 +14,7 @@ from rankwise.batching import padded_rows, shared_rows
 from rankwise.objectives import plackett_luce
 from rankwise.rendering import TokenRow
 from rankwise.scoring import LogpModel
+from rankwise.types import UserError
 
 # Tensors of a few numbers: threads would only wait for one another.
 torch.set_num_threads(1)
@@ -262,3 +263,17 @@ def test_under_autocast_the_sums_are_single_precision_and_near():
     assert rounded.dtype == torch.float32
     per_token = (rounded - exact).abs() / batch.answer_tokens
     assert 0 < per_token.max() < 0.2
+
+
+def test_a_model_whose_logits_are_made_otherwise_is_refused():
+    """Not even padded rows would be right: a head scaled in a way that the configuration does not tell."""
+    model = tiny()
+    own = model.forward
+    model.forward = lambda *given, **named: _scaled(own(*given, **named))
+    with pytest.raises(UserError, match="differ from those of its own logits"):
+        LogpModel(model)
+
+
+def _scaled(output):
+    output.logits = output.logits * 0.5
+    return output
