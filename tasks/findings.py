@@ -46,9 +46,8 @@ class Case:
     limits: Limits
 
     @property
-    def kept_prompt(self) -> tuple[int, ...]:
-        ids = self.tokens.prompt_ids
-        return ids[-self.limits.prompt :] if self.limits.prompt else ids
+    def kept_prompt_tokens(self) -> int:
+        return min(len(self.tokens.prompt_ids), self.limits.prompt or len(self.tokens.prompt_ids))
 
     @property
     def kept_answers(self) -> list[tuple[int, ...]]:
@@ -168,12 +167,12 @@ def _identical_after_cut(case: Case, _: TokenizerFacts) -> bool:
 def _row_over_context(case: Case, _: TokenizerFacts) -> bool:
     if not case.limits.context:
         return False
-    return len(case.kept_prompt) + max(map(len, case.kept_answers), default=0) > case.limits.context
+    return case.kept_prompt_tokens + max(map(len, case.kept_answers), default=0) > case.limits.context
 
 
 def _prompt_over_context(case: Case, _: TokenizerFacts) -> bool:
     # A prompt that fills the context leaves no position for an answer.
-    return 0 < case.limits.context <= len(case.kept_prompt)
+    return 0 < case.limits.context <= case.kept_prompt_tokens
 
 
 ROW_CHECKS: dict[str, Callable[[Case, TokenizerFacts], bool]] = {
@@ -186,7 +185,7 @@ ROW_CHECKS: dict[str, Callable[[Case, TokenizerFacts], bool]] = {
     "empty_answers": lambda case, _: any(not answer.text.strip() for answer in case.row.answers),
     "identical_answers": lambda case, _: _identical([answer.text.strip() for answer in case.row.answers]),
     "identical_after_cut": _identical_after_cut,
-    "cut_prompts": lambda case, _: len(case.kept_prompt) < len(case.tokens.prompt_ids),
+    "cut_prompts": lambda case, _: case.kept_prompt_tokens < len(case.tokens.prompt_ids),
     "cut_answers": lambda case, _: case.kept_answers != list(case.tokens.answers_ids),
     "prompt_over_context": _prompt_over_context,
     "row_over_context": _row_over_context,

@@ -97,7 +97,8 @@ def test_the_doctor_cuts_as_the_renderer_cuts():
     long = row(prompt=WORDS, answers=(" " + WORDS, " ate"))
     whole, cut = Renderer(tokenizer), Renderer(tokenizer, max_prompt_tokens=5, max_answer_tokens=4)
     case = Case(row=long, tokens=whole.render(long), limits=Limits(prompt=5, answer=4, context=0))
-    assert (case.kept_prompt, tuple(case.kept_answers)) == (cut.render(long).prompt_ids, cut.render(long).answers_ids)
+    assert case.kept_prompt_tokens == len(cut.render(long).prompt_ids)
+    assert tuple(case.kept_answers) == cut.render(long).answers_ids
 
 
 def test_contradictions_name_both_rows_and_agreement_names_none():
