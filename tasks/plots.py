@@ -122,58 +122,6 @@ def win_rates(rows: list[dict[str, Any]], path: Path, *, title: str = "Win rate 
         axis.grid(axis="y", visible=False)
 
 
-def calibration(
-    predicted: Sequence[float], won: Sequence[float], path: Path, *, title: str = "Is the judge as sure as it is right?"
-) -> None:
-    """Predicted preference probabilities against how often they came true, in ten bins, over how many there are.
-
-    predicted: probability of the first answer in [0, 1]; won: 1 where the first answer was preferred, 0, or 0.5.
-    """
-    bins = [[] for _ in range(10)]
-    for probability, outcome in zip(predicted, won):
-        bins[min(9, int(probability * 10))].append((probability, outcome))
-    kept = [one for one in bins if one]
-    seen = [sum(p for p, _ in one) / len(one) for one in kept]
-    true = [sum(o for _, o in one) / len(one) for one in kept]
-    error = sum(len(one) * abs(s - t) for one, s, t in zip(kept, seen, true)) / max(1, len(predicted))
-    with _figure(path, f"{title}  Expected error {error:.3f}", rows=2, ratios=(3, 1)) as (axis, counts):
-        axis.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="perfectly calibrated")
-        axis.plot(seen, true, "o-", color=BLUE, label="judge")
-        axis.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that came true")
-        axis.legend(loc="upper left")
-        counts.bar([0.05 + 0.1 * index for index in range(10)], [len(one) for one in bins], width=0.09, color=BLUE)
-        counts.set(xlim=(0, 1), xlabel="predicted probability that the first answer is preferred", ylabel="pairs")
-
-
-def kl_reward(rows: list[dict[str, Any]], path: Path, *, title: str = "Reward bought with KL") -> None:
-    """Reward over KL (nats an answer) for each row {"name", "kl", "reward"}, joined in the order given.
-
-    Rounds of a run, or runs at different β; up and to the left is better.
-    """
-    with _figure(path, title) as (axis,):
-        axis.plot([row["kl"] for row in rows], [row["reward"] for row in rows], "-", color=GREY, linewidth=1)
-        axis.plot([row["kl"] for row in rows], [row["reward"] for row in rows], "o", color=BLUE, markersize=8)
-        for row in rows:
-            axis.annotate(row["name"], (row["kl"], row["reward"]), (7, -12), textcoords="offset points")
-        axis.margins(0.12)
-        axis.set(xlabel="KL to the reference, nats an answer", ylabel="mean reward")
-
-
-def rank_changes(changes: list[list[float]], path: Path, *, title: str = "Log-prob change by rank") -> None:
-    """How far each rank's log-prob moved from the reference: a box a rank (best first), outliers left out.
-
-    changes: one list of changes (nats an answer) for each rank. A policy that learns the ranking goes down in steps.
-    """
-    with _figure(path, title) as (axis,):
-        boxes = axis.boxplot(changes, showfliers=False, patch_artist=True, medianprops={"color": "black"}, widths=0.6)
-        for rank, box in enumerate(boxes["boxes"]):
-            box.set(facecolor=BLUE, alpha=1.0 - 0.75 * rank / max(1, len(changes) - 1))
-        axis.axhline(0, color=GREY, linestyle=":")
-        axis.set_xticks(range(1, len(changes) + 1), ["best", *(f"rank {rank}" for rank in range(1, len(changes)))])
-        axis.set(ylabel="log-prob against the reference, nats an answer")
-        axis.grid(axis="x", visible=False)
-
-
 def _histograms(
     policy: Sequence[float], reference: Sequence[float] | None, path: Path, *, title: str, unit: str, digits: int
 ) -> None:

@@ -21,9 +21,6 @@ FIGURES = {
     "rewards": lambda path: plots.reward_histogram(POLICY, REFERENCE, path),
     "lengths": lambda path: plots.length_histogram([3, 4, 4], [4, 4, 4], path),
     "win": lambda path: plots.win_rates([{"name": "judge", "mean": 0.8, "low": 0.75, "high": 0.84}], path),
-    "calibration": lambda path: plots.calibration([0.0, 0.3, 1.0], [0.0, 0.5, 1.0], path),
-    "kl": lambda path: plots.kl_reward([{"name": "round 1", "kl": 2.0, "reward": 0.4}], path),
-    "ranks": lambda path: plots.rank_changes([[0.1, -0.2, 0.3], [-1.0, -2.0, -1.5]], path),
 }
 
 
