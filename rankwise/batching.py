@@ -17,6 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from rankwise.attention import Span, Trees
 from rankwise.rendering import TokenRow
 from rankwise.types import UserError
 
@@ -56,6 +57,7 @@ class Batch(AnswerBatch):
     target_ids: Tensor  # [N] the answer tokens
     answer_index: Tensor  # [N] which of the A answers a token belongs to
     answer_tokens: Tensor  # [A] its length in tokens
+    trees: Trees | None = None  # the same trees as rankwise.attention takes them; flat rows only
 
     def attention_mask(self) -> Tensor:
         """[R, 1, L, L] bool, True = may attend: own prompt and own answer, not later; or [R, L] for plain rows."""
@@ -72,6 +74,24 @@ class Batch(AnswerBatch):
     def padding_fraction(self) -> float:
         """Share of computed positions that hold no token."""
         return float((self.tree < 0).float().mean())
+
+
+def flat_rows(rows: Sequence[TokenRow], pad_id: int) -> Batch:
+    """One tensor row without padding: each prompt once, its answers beside it, tree behind tree."""
+    _refuse_empty_prompts(rows)
+    layout = _Layout(1, sum(row.positions for row in rows), pad_id)
+    spans = []
+    for index, row in enumerate(rows):
+        spans.append(_span(layout.filled[0], row))
+        layout.add_tree(0, index, row.prompt_ids, list(enumerate(row.answers_ids)))
+    return layout.batch(rows, is_tree=True, trees=Trees.of(spans))
+
+
+def _span(start: int, row: TokenRow) -> Span:
+    prompt, answers = len(row.prompt_ids), [len(answer) - 1 for answer in row.answers_ids]
+    if len(answers) == 1:  # a path without a fork is one causal sequence
+        return Span(start=start, prompt=prompt + answers[0], answers=())
+    return Span(start=start, prompt=prompt, answers=tuple(answers))
 
 
 def shared_rows(rows: Sequence[TokenRow], pad_id: int) -> Batch:
@@ -146,7 +166,7 @@ class _Layout:
         self.branch[r, start:end] = branch
         self.filled[r] = end
 
-    def batch(self, rows: Sequence[TokenRow], *, is_tree: bool) -> Batch:
+    def batch(self, rows: Sequence[TokenRow], *, is_tree: bool, trees: Trees | None = None) -> Batch:
         self.source.sort(key=lambda item: item[:2])
         mask_BK, ranks_BK = answer_grid(rows)
         return Batch(
@@ -156,6 +176,7 @@ class _Layout:
             tree=self.tree,
             branch=self.branch,
             is_tree=is_tree,
+            trees=trees,
             source_index=torch.tensor([i for item in self.source for i in item[2]], dtype=torch.int64),
             target_ids=torch.tensor([i for item in self.source for i in item[3]], dtype=torch.int64),
             answer_index=torch.tensor([a for a, item in enumerate(self.source) for _ in item[3]], dtype=torch.int64),

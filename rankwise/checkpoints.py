@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -34,6 +33,11 @@ transformers_logging.disable_progress_bar()
 # fp32: exact. medium: fp32 tensors, matmuls multiplied in bf16 where the CPU or GPU can, summed in fp32.
 # bf16: autocast, the usual choice on a GPU.
 Precision = Literal["fp32", "medium", "bf16"]
+
+_DTYPES = {  # as a safetensors header names what weights and optimizers are made of
+    **{torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"},
+}
 
 
 def device() -> torch.device:
@@ -136,31 +140,63 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def save_state(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-    """Tensors and JSON-able notes in one safetensors file (the caller renames it into place)."""
-    packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with _told(path):
-        save_file(packed, path, metadata={"notes": json.dumps(notes)})
+def save_state(
+    path: Path, tensors: Mapping[str, Tensor], notes: dict[str, Any], *, whole: Callable[[Tensor], Tensor] = lambda t: t
+) -> None:
+    """Tensors and JSON-able notes in one safetensors file (the caller renames it into place).
+
+    Tensors are written one after another, so that a sharded one is in memory as a whole only for its turn.
+
+    Args:
+        whole: puts a sharded tensor together; called once for each, in the order of tensors.
+    """
+    header: dict[str, Any] = {"__metadata__": {"notes": json.dumps(notes)}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    with _told(path), open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            flat = whole(tensor.detach()).cpu().contiguous().flatten()
+            file.write(memoryview(flat.view(torch.uint8).numpy()))
+        # Renamed before its bytes are on the disk, it would be a whole name with half a file after a power cut.
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What save_state wrote; raises UserError on a damaged file."""
-    from safetensors import safe_open
-
+def load_state(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """What save_state wrote, each tensor read when it is asked for; raises UserError on a damaged file."""
     try:
-        with safe_open(path, framework="pt") as handle:
-            notes = json.loads((handle.metadata() or {}).get("notes", "{}"))
-        return load_file(path), notes
+        saved = _Saved(path)
+        return saved, json.loads(saved.metadata.get("notes", "{}"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not a readable checkpoint ({error}); delete it and run again") from error
 
 
+class _Saved(Mapping[str, Tensor]):
+    def __init__(self, path: Path):
+        self._handle = safe_open(path, framework="pt").__enter__()
+        self.metadata = self._handle.metadata() or {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._handle.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._handle.keys())
+
+    def __len__(self) -> int:
+        return len(self._handle.keys())
+
+
 @contextlib.contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """What the system says of a write (disk full, no permission), which the library reports in an error of its own."""
+    """What the system says of a write (disk full, no permission), with the file's name."""
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path}: cannot be written ({error}); mend that and run the same command again: it continues from the "
             "last checkpoint"

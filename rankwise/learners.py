@@ -56,7 +56,8 @@ def measure(learner: Learner, rows: Sequence[TokenRow], *, max_tokens: int, prec
     losses = weight = 0.0
     stats: dict[str, float] = {}
     where = next(learner.module.parameters()).device
-    with torch.inference_mode(), numerics(precision, where):
+    # not inference_mode: sharded layers could not be put together again outside of it
+    with torch.no_grad(), numerics(precision, where):
         for part in micro_batches(rows, max_tokens=max_tokens):
             batch = learner.collate(part).to(where)
             result = learner.losses(learner.module(batch), batch)

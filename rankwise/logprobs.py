@@ -1,18 +1,21 @@
-"""log softmax of chosen tokens over a large vocabulary, without ever holding the logits.
+"""log softmax of chosen tokens over a large vocabulary, a tile of it at a time.
 
-The full [tokens, vocabulary] matrix never exists: a chunk of positions is projected, its log-sum-exp and its
-target's logit are kept, and the backward pass projects the chunk again.
+The full [tokens, vocabulary] matrix of logits never exists: for a tile of the vocabulary all tokens are projected and
+their log-sum-exp is kept; the backward pass projects the tile again. A small matrix is kept instead of computed twice.
 
-Letters: N tokens, H hidden size, V vocabulary.
+Letters: N tokens, H hidden size, V vocabulary, T words of a tile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
-# 1024 positions × 32k vocabulary in float32 is 128 MiB: large enough for full speed, small beside the model.
-CHUNK_LOGITS = 32 * 2**20
+# Logits a tile: on a CPU the passes over it stay in the cache (4 MiB), a GPU wants few large launches (128 MiB).
+TILE_LOGITS = {"cpu": 2**20, "cuda": 2**25}
+KEPT_LOGITS = 2**24  # a matrix up to this size (64 MiB in float32) is not projected a second time
 
 
 def token_logps(
@@ -20,55 +23,91 @@ def token_logps(
 ) -> Tensor:
     """log softmax(h W^T + b)[target] of each token, [N], nats; float32 statistics (float64 stays float64).
 
+    The products are made in the dtype of autocast where it is on, else in that of hidden_NH.
     softcap > 0 bounds the logits as Gemma 2 does: softcap · tanh(logits / softcap).
     """
-    return _TokenLogps.apply(hidden_NH, weight_VH, bias_V, target_N, softcap)
+    where = hidden_NH.device.type
+    if torch.is_autocast_enabled(where):
+        hidden_NH = hidden_NH.to(torch.get_autocast_dtype(where))
+    with torch.autocast(where, enabled=False):
+        return _TokenLogps.apply(hidden_NH, weight_VH, bias_V, target_N, softcap)
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_N: Tensor, softcap: float):
-        chunk = max(1, CHUNK_LOGITS // weight_VH.shape[0])
-        logps, lses = [], []
-        for start in range(0, len(target_N), chunk):
-            part = slice(start, start + chunk)
-            logits = _project(hidden_NH[part], weight_VH, bias_V, softcap)
-            lse = torch.logsumexp(logits, dim=-1)
-            logps.append(logits.gather(1, target_N[part, None]).squeeze(1) - lse)
-            lses.append(lse)
-        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, target_N, torch.cat(lses))
-        ctx.softcap, ctx.chunk = softcap, chunk
-        return torch.cat(logps)
+        low_VH = weight_VH.to(hidden_NH.dtype)
+        keep = hidden_NH.shape[0] * weight_VH.shape[0] <= KEPT_LOGITS and any(ctx.needs_input_grad)
+        kept, lse_N = [], None
+        for words in _tiles(hidden_NH, weight_VH):
+            logits_NT = _project(hidden_NH, low_VH[words], None if bias_V is None else bias_V[words])
+            kept += [logits_NT] if keep else []
+            part_N = torch.logsumexp(_capped(logits_NT, softcap), dim=-1)
+            lse_N = part_N if lse_N is None else torch.logaddexp(lse_N, part_N)
+        own_N = (_wide(hidden_NH) * _wide(low_VH.index_select(0, target_N))).sum(-1)
+        own_N = _capped(own_N if bias_V is None else own_N + bias_V.index_select(0, target_N), softcap)
+        ctx.save_for_backward(hidden_NH, low_VH, bias_V, target_N, lse_N, own_N, *kept)
+        ctx.softcap, ctx.weight_dtype = softcap, weight_VH.dtype
+        return own_N - lse_N
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_N: Tensor):
-        hidden_NH, weight_VH, bias_V, target_N, lse_N = ctx.saved_tensors
+        """d logp / d logits = one-hot − softmax, times the slope of the cap; the two terms are added apart."""
+        hidden_NH, low_VH, bias_V, target_N, lse_N, own_N, *kept = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden_NH) if need_hidden else None
-        wide = torch.float64 if weight_VH.dtype == torch.float64 else torch.float32
-        grad_weight = torch.zeros(weight_VH.shape, dtype=wide, device=weight_VH.device) if need_weight else None
-        grad_bias = torch.zeros_like(bias_V) if need_bias and bias_V is not None else None
-        for start in range(0, len(target_N), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            logits = _project(hidden_NH[part], weight_VH, bias_V, ctx.softcap)
-            grad = torch.exp(logits - lse_N[part, None]).neg_()  # d logp / d logits = one-hot − softmax
-            grad.scatter_add_(1, target_N[part, None], torch.ones_like(grad[:, :1]))
-            grad *= grad_N[part, None]
-            if ctx.softcap:
-                grad *= 1 - (logits / ctx.softcap).square()
-            grad = grad.to(hidden_NH.dtype)
+        where, wide = hidden_NH.device.type, torch.promote_types(hidden_NH.dtype, torch.float32)
+        grad_hidden = torch.zeros_like(hidden_NH, dtype=wide) if need_hidden else None
+        grad_weight = torch.empty_like(low_VH, dtype=wide) if need_weight else None
+        grad_bias = torch.empty_like(bias_V) if need_bias and bias_V is not None else None
+        with torch.autocast(where, enabled=False):
+            for number, words in enumerate(_tiles(hidden_NH, low_VH)):
+                bias_T = None if bias_V is None else bias_V[words]
+                logits_NT = kept[number] if kept else _project(hidden_NH, low_VH[words], bias_T)
+                grad_NT = _minus_softmax(logits_NT, lse_N, grad_N, ctx.softcap).to(hidden_NH.dtype)
+                if grad_hidden is not None:
+                    grad_hidden += grad_NT @ low_VH[words]
+                if grad_weight is not None:
+                    grad_weight[words] = grad_NT.T @ hidden_NH
+                if grad_bias is not None:
+                    grad_bias[words] = grad_NT.sum(0)
+            own_N = grad_N * _slope(own_N, ctx.softcap)
             if grad_hidden is not None:
-                grad_hidden[part] = grad @ weight_VH.to(hidden_NH.dtype)
+                grad_hidden += own_N[:, None] * low_VH.index_select(0, target_N)
             if grad_weight is not None:
-                grad_weight += grad.T @ hidden_NH[part]
+                grad_weight.index_add_(0, target_N, own_N[:, None] * _wide(hidden_NH))
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VH.dtype), grad_bias, None, None
+                grad_bias.index_add_(0, target_N, own_N.to(grad_bias.dtype))
+        in_dtype = lambda grad, dtype: None if grad is None else grad.to(dtype)
+        return in_dtype(grad_hidden, hidden_NH.dtype), in_dtype(grad_weight, ctx.weight_dtype), grad_bias, None, None
 
 
-def _project(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None, softcap: float) -> Tensor:
-    logits = nn.functional.linear(
-        hidden, weight_VH.to(hidden.dtype), None if bias_V is None else bias_V.to(hidden.dtype)
-    )
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+def _tiles(hidden_NH: Tensor, weight_VH: Tensor) -> Iterator[slice]:
+    logits = TILE_LOGITS["cpu" if hidden_NH.device.type == "cpu" else "cuda"]
+    tile = max(1, logits // max(1, hidden_NH.shape[0]))
+    for start in range(0, weight_VH.shape[0], tile):
+        yield slice(start, start + tile)
+
+
+def _project(hidden_NH: Tensor, weight_TH: Tensor, bias_T: Tensor | None) -> Tensor:
+    return nn.functional.linear(hidden_NH, weight_TH, None if bias_T is None else bias_T.to(hidden_NH.dtype))
+
+
+def _minus_softmax(logits_NT: Tensor, lse_N: Tensor, grad_N: Tensor, softcap: float) -> Tensor:
+    logits_NT = _capped(logits_NT, softcap)
+    grad_NT = (logits_NT - lse_N[:, None]).exp_().mul_(-grad_N[:, None])
+    return grad_NT.mul_(_slope(logits_NT, softcap)) if softcap else grad_NT
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    logits = _wide(logits)
     return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+def _slope(capped: Tensor, softcap: float) -> Tensor | float:
+    """d capped / d logits."""
+    return 1 - (capped / softcap).square() if softcap else 1.0
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

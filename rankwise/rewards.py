@@ -60,4 +60,5 @@ class RewardModel(nn.Module):
         ).last_hidden_state
         last_A = batch.attention_mask.sum(1) - 1
         hidden_AH = hidden_ALH[torch.arange(len(last_A), device=last_A.device), last_A]
-        return self.model.score(hidden_AH)[:, 0].float()
+        # A copy: FSDP2 hangs its backward on what comes out, and warns of a view.
+        return self.model.score(hidden_AH)[:, 0].float().clone()

@@ -15,12 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankwise.batching import Batch, padded_rows, shared_rows
+from rankwise.attention import NAME as TREE_ATTENTION
+from rankwise.attention import register
+from rankwise.batching import Batch, flat_rows, padded_rows, shared_rows
+from rankwise.checkpoints import device
 from rankwise.logprobs import token_logps
 from rankwise.rendering import TokenRow
 from rankwise.types import UserError
 
 log = logging.getLogger(__name__)
+
+# How rows lie in a tensor, the cheapest first.
+LAYOUTS = {"flat": flat_rows, "shared": shared_rows, "padded": padded_rows}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +40,20 @@ class AnswerLogps:
 class LogpModel(nn.Module):
     """A causal LM as a function from a batch of token rows to the log-probabilities of their answers.
 
-    layout "shared" computes a prompt once and its K answers beside it, under a tree mask; "padded" computes every
-    answer in a row of its own. Left at "auto", the model itself decides: a small batch is scored in both, and the
-    first layout is taken whose numbers are those of the model's own logits; the log says where it is the padded one.
+    layout "flat" computes a prompt once and its K answers beside it, without padding, by rankwise.attention (on a CPU);
+    "shared" the same in rows under a dense tree mask; "padded" every answer in a row of its own. Left at "auto", the
+    model itself decides: a small batch is scored in each, and the first layout that this process's device has is taken
+    whose numbers are those of the model's own logits; the log says where it is the padded one.
 
-    Raises UserError at "auto" where neither is.
+    Raises UserError at "auto" where none is.
     """
 
     def __init__(self, model: PreTrainedModel, *, layout: str = "auto"):
         super().__init__()
         self.model = model
-        self.layout = layout if layout != "auto" else _layout_of(model)
+        self.layout = _layout_of(model) if layout == "auto" else layout
+        if self.layout == "flat":
+            _attend_to_trees(_plain(model))
         if self.layout == "padded" and layout == "auto":
             log.warning(
                 "%s cannot share a prompt among its answers; rows are padded instead", type(_plain(model)).__name__
@@ -52,8 +61,8 @@ class LogpModel(nn.Module):
 
     def batch(self, rows: list[TokenRow], pad_id: int) -> Batch:
         """Lay rows out the way that this model can take."""
-        shared = self.layout == "shared" and _within_window(_plain(self.model), rows)
-        return shared_rows(rows, pad_id) if shared else padded_rows(rows, pad_id)
+        within = _within_window(_plain(self.model), rows)
+        return LAYOUTS[self.layout if within else "padded"](rows, pad_id)
 
     def forward(self, batch: Batch) -> AnswerLogps:
         """Log-probabilities of a batch's answers; under autocast hidden states may be bf16, sums are float32."""
@@ -63,6 +72,7 @@ class LogpModel(nn.Module):
             position_ids=batch.position_ids,
             attention_mask=_mask(plain, batch),
             use_cache=False,
+            **({"trees": batch.trees} if batch.trees else {}),
         ).last_hidden_state
         # index_select, not [...]: its backward adds in a fixed order where K answers share the prompt's last state.
         hidden_NH = hidden_RLH.flatten(0, 1).index_select(0, batch.source_index)
@@ -95,6 +105,8 @@ def _head_scale(model: PreTrainedModel) -> float:
 
 def _mask(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The batch's mask as the model's attention takes it: eager attention adds it to the scores."""
+    if batch.trees:  # any 4-D mask goes through the model as it is, and attention over trees reads none
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
     mask = batch.attention_mask()
     if batch.is_tree and model.config._attn_implementation == "eager":
         return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
@@ -114,39 +126,48 @@ def _within_window(model: PreTrainedModel, rows: list[TokenRow]) -> bool:
     return not places or max(row.positions for row in rows) <= places
 
 
+def _attend_to_trees(model: PreTrainedModel) -> None:
+    register()
+    model.config._attn_implementation = TREE_ATTENTION
+
+
 @torch.no_grad()
 def _layout_of(model: PreTrainedModel) -> str:
     """The first layout that gives the log-probabilities of the model's own logits; raises UserError where none does."""
-    rows = _probe_rows(_plain(model).config.get_text_config().vocab_size)
+    plain = _plain(model)
+    rows = _probe_rows(plain.config.get_text_config().vocab_size)
     was_training = model.training
     model.eval()
     try:
-        for layout in ("shared", "padded"):
-            if _agrees(model, rows, layout):
+        alone = [_one_by_one(plain, row.prompt_ids, answer) for row in rows for answer in row.answers_ids]
+        for layout in LAYOUTS:
+            if _agrees(model, rows, layout, torch.stack(alone)):
                 return layout
     finally:
         model.train(was_training)
     raise UserError(
-        f"{type(_plain(model)).__name__}: log-probabilities computed from its last hidden states differ from those of "
+        f"{type(plain).__name__}: log-probabilities computed from its last hidden states differ from those of "
         "its own logits (a scaled head, or attention that is not causal), so training on them would be wrong in "
         "silence; use a causal LM whose logits are its output embedding applied to its last hidden states"
     )
 
 
-@torch.no_grad()
-def _agrees(model: PreTrainedModel, rows: list[TokenRow], layout: str) -> bool:
-    """Score a small batch in a layout and one answer at a time through the model's own logits."""
+def _agrees(model: PreTrainedModel, rows: list[TokenRow], layout: str, alone_A: Tensor) -> bool:
+    """Whether a layout gives the numbers of one answer at a time through the model's own logits."""
     plain = _plain(model)
-    lay = shared_rows if layout == "shared" else padded_rows
+    before, weight = plain.config._attn_implementation, next(plain.parameters())
+    if layout == "flat" and (device().type != "cpu" or before not in ("sdpa", TREE_ATTENTION)):
+        return False
     try:
-        ours = LogpModel(model, layout=layout)(lay(rows, 0).to(next(plain.parameters()).device)).sum_A
+        ours = LogpModel(model, layout=layout)(LAYOUTS[layout](rows, 0).to(weight.device)).sum_A
     except Exception as error:
-        # Any refusal of a 4-D mask or of position ids means the same thing: this model cannot take the layout.
+        # Any refusal of a mask, of trees or of position ids means the same thing: this model cannot take the layout.
         log.info("layout %s refused: %s", layout, error)
         return False
-    alone = torch.stack([_one_by_one(plain, row.prompt_ids, answer) for row in rows for answer in row.answers_ids])
-    per_token = 1e-4 if next(plain.parameters()).dtype in (torch.float32, torch.float64) else 5e-2
-    return bool(torch.allclose(ours.float(), alone.float(), rtol=0, atol=per_token * 6))
+    finally:
+        plain.config._attn_implementation = before
+    per_token = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool(torch.allclose(ours.float(), alone_A.float(), rtol=0, atol=per_token * 6))
 
 
 def _probe_rows(vocabulary: int) -> list[TokenRow]:

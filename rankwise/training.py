@@ -2,8 +2,8 @@
 
 An optimizer step takes batch_size rows; they are cut into micro-batches by token budget, and the loss is the
 weighted mean over all rows of the step, so neither the cut nor the number of processes changes the result.
-A checkpoint holds weights, optimizer, step and curves: killed at any moment, a rerun with the same identity
-continues to the same weights.
+A checkpoint holds weights, optimizer, step, counters and curves: killed at any moment, a rerun with the same identity
+continues to the same weights, on as many processes as it likes.
 
 Run by tasks.sft, tasks.reward_model and tasks.dpo; on several processes through `torchrun -m tasks.NAME`.
 """
@@ -11,26 +11,30 @@ Run by tasks.sft, tasks.reward_model and tasks.dpo; on several processes through
 from __future__ import annotations
 
 import contextlib
+import io
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rankwise.batching import micro_batches, steps
-from rankwise.checkpoints import Precision, load_state, numerics, save_state
+from rankwise.checkpoints import Precision, numerics
 from rankwise.learners import Learner
+from rankwise.parallel import accumulating, place, plain, processes, synchronised
 from rankwise.progress import Progress
 from rankwise.rendering import TokenRow
+from rankwise.resuming import DeferredSignals, load, rows_digest, save
+from rankwise.tallies import Tally
 from rankwise.types import UserError
+
+LOOK_EVERY_S = 1.0  # seconds between two looks, by several processes together, at whether one is to stop
+# Settings that change memory or rounding and no result: a run may be continued with others.
+FREE_SETTINGS = ("micro_batch_tokens", "gradient_checkpointing", "checkpoint_every_s")
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -59,8 +63,8 @@ class StepRecord:
     """One optimizer step as it is reported."""
 
     step: int  # optimizer steps done, 1 first
-    values: dict[str, float]  # reproducible: loss, learning rate, gradient norm, the learner's stats
-    speeds: dict[str, float]  # not reproducible: tokens/s, rows/s
+    values: dict[str, float]  # reproducible: loss, learning rate, gradient norm, tokens seen, the learner's stats
+    speeds: dict[str, float]  # not reproducible: tokens/s, rows/s, seconds trained
 
 
 @dataclass
@@ -68,7 +72,7 @@ class Hooks:
     """What the caller wants to hear; all optional."""
 
     on_step: Callable[[StepRecord], None] = lambda record: None
-    on_epoch: Callable[[int], None] = lambda epoch: None  # epochs done, 1 first
+    on_epoch: Callable[[int], None] | None = None  # epochs done, 1 first; may take long, so a checkpoint comes before
     on_resume: Callable[[int, list[dict[str, Any]]], None] = lambda step, points: None
     points: Callable[[], list[dict[str, Any]]] = field(default=list)  # curves to keep in a checkpoint
 
@@ -84,6 +88,7 @@ def train(
     *,
     what: str,
     checkpoint: Path | None = None,
+    identity: Mapping[str, str] | None = None,
     hooks: Hooks | None = None,
 ) -> int:
     """Optimise learner.module on rows; returns the number of optimizer steps.
@@ -91,128 +96,163 @@ def train(
     Args:
         rows: one entry a prompt; every epoch sees each once.
         what: the name on the progress bar.
-        checkpoint: file to continue from and to write to; its identity (inputs, params) is the caller's to keep.
+        checkpoint: file to continue from and to write to; only the first process needs to see it.
+        identity: what else the result depends on, by name: {"reference": digest, "tokenizer": digest, …}. It is kept
+            in the checkpoint beside rows and settings, and a checkpoint of another identity is refused.
 
     Raises:
-        UserError: no rows. NonFiniteLoss: with the first ten row ids of the offending step.
+        UserError: no rows; a checkpoint of another reference, tokenizer, rows, …, named; or a damaged one.
+        NonFiniteLoss: with the first ten row ids of the offending step.
     """
     if not rows:
         raise UserError(f"{what}: there is no row to train on; look at the report of the stage that made the table")
-    return _Run(learner, rows, settings, what=what, checkpoint=checkpoint, hooks=hooks or Hooks()).run()
+    run = _Run(learner, rows, settings, what=what, checkpoint=checkpoint, hooks=hooks or Hooks())
+    run.resume(dict(identity or {}))
+    return run.run()
 
 
 class _Run:
-    """One training run: its model, optimizer, place in the data, and checkpoint."""
+    """One training run: its model, optimizer, place in the data, counters and checkpoint."""
 
     def __init__(self, learner, rows, settings: Settings, *, what: str, checkpoint: Path | None, hooks: Hooks):
         self.learner, self.rows, self.settings = learner, rows, settings
         self.what, self.checkpoint, self.hooks = what, checkpoint, hooks
-        self.accelerator = Accelerator()
+        self.processes = processes()
         torch.manual_seed(settings.seed)
         self.plan = list(steps(len(rows), batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed))
         self.steps_per_epoch = math.ceil(len(rows) / settings.batch_size)
-        module = learner.module
+        module = place(learner.module, settings.precision)
         if settings.gradient_checkpointing:
-            module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            module.model.activation_checkpointing_enable({"use_reentrant": False})
         # The bare module keeps the learner's methods; the wrapped one synchronises gradients.
-        self.wrapped = self.accelerator.prepare(module)
+        self.wrapped = synchronised(module)
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             _decay_groups(self.parameters, settings.weight_decay),
             lr=settings.learning_rate,
             betas=(0.9, settings.adam_beta2),
+            fused=True,  # one pass over weights, gradients and moments instead of a dozen
         )
-        self.done = 0
-        self.saved_at = time.monotonic()
+        self.identity: dict[str, str] = {}
+        self.done = self.told = 0  # optimizer steps; epochs that on_epoch was told of
+        self.tokens = self.seen = 0  # positions computed and rows seen, since the first step
+        self.seconds, self.counted_at = 0.0, time.monotonic()  # spent in this run, all its lives together
+        self.saved_step, self.saved_at = -1, time.monotonic()
+        self.look_every = 1  # micro-batches
 
     def run(self) -> int:
-        self._resume()
         self.learner.module.train()
         total = len(self.plan)
-        device = self.accelerator.device
         # The arithmetic, aloud: what one step of this run is made of.
-        if self.accelerator.is_main_process:
+        if self.processes.first:
             print(
                 f"{self.what}: {len(self.rows)} rows × {self.settings.epochs} epochs / {self.settings.batch_size} rows "
-                f"a step = {total} steps on {self.accelerator.num_processes} process(es), {device}, "
-                f"{self.settings.precision}",
+                f"a step = {total} steps on {self.processes.count} process(es), {self.processes.device}, "
+                f"{self.settings.precision}{', weights sharded' if self.processes.sharded else ''}",
                 flush=True,
             )
-        with Progress(self.what, total=total, unit="step", done=self.done) as progress, _DeferredSignals() as signals:
+        stream = None if self.processes.first else io.StringIO()
+        bar = Progress(self.what, total=total, unit="step", done=self.done, stream=stream)
+        with bar as progress, DeferredSignals() as signals:
+            self._end_epoch(signals)  # of a run that was killed while its held-out rows were measured
             while self.done < total:
-                record = self._step(self.plan[self.done], signals)
-                if record is None:
+                record, stop, due = self._step(self.plan[self.done], signals)
+                if record is not None:
+                    self.hooks.on_step(record)
+                    speed = record.speeds["tokens_per_second"]
+                    progress.advance(1, loss=record.values["loss"], **{"tokens/s": speed})
+                stop = stop or (self.processes.count == 1 and signals.arrived is not None)
+                if stop or due:
                     self._save()
+                if stop:
                     signals.deliver()
-                    continue
-                self.done += 1
-                self.hooks.on_step(record)
-                progress.advance(1, loss=record.values["loss"], **{"tokens/s": record.speeds["tokens_per_second"]})
-                if self.done % self.steps_per_epoch == 0:
-                    self.learner.module.eval()
-                    self.hooks.on_epoch(self.done // self.steps_per_epoch)
-                    self.learner.module.train()
-                if time.monotonic() - self.saved_at > self.settings.checkpoint_every_s:
-                    self._save()
-            if signals.arrived:  # in the last step, or while held-out rows were measured
-                self._save()
-                signals.deliver()
+                self._end_epoch(signals)
         self.learner.module.eval()
         return total
 
-    def _step(self, indices: list[int], signals: _DeferredSignals) -> StepRecord | None:
-        """One optimizer step; None if a signal to stop came first, with weights and optimizer untouched."""
+    def _end_epoch(self, signals: DeferredSignals) -> None:
+        """Tell of an epoch that is over and was not told of; nothing is lost by a kill from here to the stage's end."""
+        epoch = self.done // self.steps_per_epoch
+        if self.told == epoch or self.done % self.steps_per_epoch:
+            return
+        if self.hooks.on_epoch or self.done == len(self.plan):
+            self._save()
+        if self.hooks.on_epoch:
+            with signals.released():
+                self.learner.module.eval()
+                self.hooks.on_epoch(epoch)
+                self.learner.module.train()
+        self.told = epoch
+
+    def _step(self, indices: list[int], signals: DeferredSignals) -> tuple[StepRecord | None, bool, bool]:
+        """One optimizer step; its record, whether to stop, whether a checkpoint is due: alike in all processes.
+
+        No record: a wish to stop came first, and weights and optimizer are untouched.
+        """
         began = time.monotonic()
         members = [self.rows[i] for i in indices]
         total_weight = sum(map(self.learner.weight, members))
-        parts = _share(
-            micro_batches(members, max_tokens=self.settings.micro_batch_tokens),
-            rank=self.accelerator.process_index,
-            ranks=self.accelerator.num_processes,
-        )
+        parts = self.processes.deal(micro_batches(members, max_tokens=self.settings.micro_batch_tokens))
         lr = self.settings.learning_rate * _schedule(self.done, len(self.plan), self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        sums = _Sums()
+        sums = Tally()
         for number, part in enumerate(parts):
-            if signals.arrived:
+            # Several processes also look when the step ends, in the sum that they make there anyway.
+            look = self.processes.count == 1 or (number and number % self.look_every == 0)
+            if look and self.processes.agree(signals.arrived is not None):
                 self.optimizer.zero_grad(set_to_none=True)
-                return None
+                return None, True, False
             self._backward(part, total_weight, sums, last=number == len(parts) - 1)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm or math.inf)
-        values = sums.gathered(self.accelerator, total_weight=total_weight, rows=len(members))
-        if not (math.isfinite(values["loss"]) and math.isfinite(float(norm))):
+        norm = plain(norm).item()
+        due = self.processes.first and time.monotonic() - self.saved_at > self.settings.checkpoint_every_s
+        told = [signals.arrived is not None, due, (time.monotonic() - began) / len(parts)]
+        values, (stop, due, pace) = sums.total(self.processes, told, total_weight=total_weight, rows=len(members))
+        if not (math.isfinite(values["loss"]) and math.isfinite(norm)):
             self._save()
-            raise NonFiniteLoss(self._blame(members, sums, float(norm)))
+            raise NonFiniteLoss(self._blame(members, sums, norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        seconds = time.monotonic() - began
-        tokens = sum(row.positions for row in members)
+        self.look_every = max(1, int(LOOK_EVERY_S * self.processes.count / max(pace, 1e-9)))
+        return self._count(members, values | {"learning_rate": lr, "grad_norm": norm}, began), stop > 0, due > 0
+
+    def _count(self, members: list[TokenRow], values: dict[str, float], began: float) -> StepRecord:
+        """Move on by one step, and say what it was."""
+        tokens, now = sum(row.positions for row in members), time.monotonic()
+        self.done, self.tokens, self.seen = self.done + 1, self.tokens + tokens, self.seen + len(members)
         return StepRecord(
-            step=self.done + 1,
-            values={
-                **values,
-                "learning_rate": lr,
-                "grad_norm": float(norm),
-                "epoch": (self.done + 1) / self.steps_per_epoch,
+            step=self.done,
+            values={**values, "epoch": self.done / self.steps_per_epoch, "tokens_seen": self.tokens},
+            speeds={
+                "tokens_per_second": tokens / (now - began),
+                "rows_per_second": len(members) / (now - began),
+                "rows_seen": self.seen,
+                "train_seconds": self._seconds(),
             },
-            speeds={"tokens_per_second": tokens / seconds, "rows_per_second": len(members) / seconds},
         )
 
-    def _backward(self, part: tuple[list[TokenRow], float], total_weight: float, sums: _Sums, *, last: bool) -> None:
+    def _seconds(self) -> float:
+        now = time.monotonic()
+        self.seconds, self.counted_at = self.seconds + now - self.counted_at, now
+        return self.seconds
+
+    def _backward(self, part: tuple[list[TokenRow], float], total_weight: float, sums: Tally, *, last: bool) -> None:
         rows, keep = part
-        sync = self.accelerator.no_sync(self.wrapped) if not last else contextlib.nullcontext()
-        with sync, numerics(self.settings.precision, self.accelerator.device):
-            batch = self.learner.collate(rows).to(self.accelerator.device)
+        where = self.processes.device
+        sync = contextlib.nullcontext() if last else accumulating(self.wrapped)
+        with sync, numerics(self.settings.precision, where):
+            batch = self.learner.collate(rows).to(where)
             result = self.learner.losses(self.wrapped(batch), batch)
             # Gradients are averaged over processes, so each one's share is scaled back up.
-            scale = keep * self.accelerator.num_processes / total_weight
-            self.accelerator.backward(result.loss_B.sum() * scale)
+            (result.loss_B.sum() * (keep * self.processes.count / total_weight)).backward()
         sums.add(result, keep=keep, padding=batch.padding_fraction)
 
-    def _blame(self, members: list[TokenRow], sums: _Sums, norm: float) -> str:
-        bad = [row_id for row_id, loss in sums.losses.items() if not math.isfinite(loss)]
-        bad = bad or [row.id for row in members]
+    def _blame(self, members: list[TokenRow], sums: Tally, norm: float) -> str:
+        losses = sums.losses()
+        mine = [float(row.id in losses and not math.isfinite(losses[row.id])) for row in members]
+        found = self.processes.total(torch.tensor(mine)).tolist()
+        bad = [row.id for row, count in zip(members, found) if count] or [row.id for row in members]
         return (
             f"{self.what}: loss or gradient is not finite at step {self.done + 1} (gradient norm {norm}); "
             f"rows: {', '.join(bad[:10])}{' …' if len(bad) > 10 else ''} ({len(bad)} in all). The weights of step "
@@ -221,96 +261,34 @@ class _Run:
         )
 
     def _save(self) -> None:
-        if self.checkpoint is None or not self.accelerator.is_main_process:
+        if self.checkpoint is None or self.saved_step == self.done:
             return
-        tensors = {f"weight/{name}": p for name, p in self.parameters.items()}
-        names = {id(p): name for name, p in self.parameters.items()}
-        for p, state in self.optimizer.state.items():
-            tensors |= {f"optimizer/{names[id(p)]}/{key}": torch.as_tensor(value) for key, value in state.items()}
-        aside = self.checkpoint.with_suffix(".tmp")
-        save_state(aside, tensors, {"step": self.done, "points": self.hooks.points()})
-        os.replace(aside, self.checkpoint)
-        self.saved_at = time.monotonic()
+        notes = {
+            "identity": self.identity,
+            "step": self.done,
+            "epochs_told": self.told,
+            "counters": {"tokens": self.tokens, "seen": self.seen, "seconds": self._seconds()},
+            "points": self.hooks.points(),
+        }
+        save(self.checkpoint, self.parameters, self.optimizer, notes, self.processes)
+        self.saved_step, self.saved_at = self.done, time.monotonic()
 
-    def _resume(self) -> None:
-        if self.checkpoint is None or not self.checkpoint.exists():
+    def resume(self, identity: dict[str, str]) -> None:
+        """Continue from the checkpoint where there is one; refuse one of another identity."""
+        if self.checkpoint is None:
             return
-        tensors, notes = load_state(self.checkpoint)
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                if f"weight/{name}" not in tensors or tensors[f"weight/{name}"].shape != p.shape:
-                    raise UserError(
-                        f"{self.checkpoint}: the checkpoint is of another model ({name} differs); "
-                        "delete it to begin anew"
-                    )
-                p.copy_(tensors[f"weight/{name}"])
-                prefix = f"optimizer/{name}/"
-                state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                if state:
-                    self.optimizer.state[p] = {k: v.to(p.device) if v.dim() else v for k, v in state.items()}
-        self.done = notes["step"]
+        settings = {name: str(value) for name, value in asdict(self.settings).items() if name not in FREE_SETTINGS}
+        self.identity = identity | {"rows": rows_digest(self.rows)} | settings
+        notes = load(self.checkpoint, self.parameters, self.optimizer, self.identity, self.processes)
+        if notes is None:
+            return
+        self.done = self.saved_step = notes["step"]
+        self.told = notes["epochs_told"]
+        for name, value in notes["counters"].items():
+            setattr(self, name, value)
         self.hooks.on_resume(self.done, notes["points"])
-        print(f"{self.what}: continuing from step {self.done} of {len(self.plan)}", flush=True)
-
-
-class _Sums:
-    """Losses and stats of one step, summed over its micro-batches."""
-
-    def __init__(self) -> None:
-        self.losses: dict[str, float] = {}
-        self._stats: dict[str, float] = {}
-        self._padding: list[float] = []
-
-    def add(self, result: Any, *, keep: float, padding: float) -> None:
-        self._padding.append(padding)
-        if keep:
-            self.losses |= dict(zip(result.ids, result.loss_B.detach().double().tolist()))
-        # A process without a row of its own in this step still brings every name to the common sum.
-        for name, values_B in result.stats.items():
-            self._stats[name] = self._stats.get(name, 0.0) + (float(values_B.double().sum()) if keep else 0.0)
-
-    def gathered(self, accelerator: Accelerator, *, total_weight: float, rows: int) -> dict[str, float]:
-        """Means over the whole step, all processes together."""
-        names = sorted(self._stats)
-        local = torch.tensor([sum(self.losses.values()), *(self._stats[name] for name in names)], dtype=torch.float64)
-        if accelerator.num_processes > 1:
-            local = accelerator.reduce(local.to(accelerator.device), reduction="sum").cpu()
-        values = {"loss": local[0].item() / total_weight}
-        values |= {name: value / rows for name, value in zip(names, local[1:].tolist())}
-        return values | {"padding_fraction": sum(self._padding) / len(self._padding)}
-
-
-class _DeferredSignals:
-    """Holds SIGTERM and SIGINT back until the run is between two steps, where weights and optimizer agree."""
-
-    def __enter__(self) -> Self:
-        self.arrived: int | None = None
-        self._previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def deliver(self) -> None:
-        """Let the held signal do what it would have done."""
-        number, self.arrived = self.arrived, None
-        self.__exit__()
-        if number is not None:
-            signal.raise_signal(number)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.arrived = number
-
-
-def _share(parts: list[list[TokenRow]], *, rank: int, ranks: int) -> list[tuple[list[TokenRow], float]]:
-    """This rank's micro-batches with their weight; short ranks repeat one at weight 0, since all must keep step."""
-    rounds = math.ceil(len(parts) / ranks)
-    mine = [(part, 1.0) for part in parts[rank::ranks]]
-    return mine + [(parts[0][:1], 0.0)] * (rounds - len(mine))
+        if self.processes.first:
+            print(f"{self.what}: continuing from step {self.done} of {len(self.plan)}", flush=True)
 
 
 def _decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ from rankwise.fingerprint import file_digest, tokenizer_digest, weights_digest
 from rankwise.rows import read_rows, read_table
 from rankwise.types import UserError
 from tasks.params import param
-from tasks.stage import Stage, main, output_folder
-from tasks.training import LoraParams, TrainingParams, drop_checkpoints, fit, last_epoch, with_adapters
+from tasks.stage import Stage, main
+from tasks.training import LoraParams, TrainingParams, drop_checkpoints, fit, last_epoch, save_trained, with_adapters
 
 if TYPE_CHECKING:
     from rankwise.learners import PreferenceLearner
@@ -48,14 +48,16 @@ class Paths:
 
 
 def run(params: Params, paths: Paths, stage: Stage) -> None:
-    from rankwise.checkpoints import device, load_causal_lm, load_tokenizer, save_model
+    from rankwise.checkpoints import load_causal_lm, load_tokenizer
     from rankwise.learners import PreferenceLearner, PreferenceSettings
+    from rankwise.parallel import place
     from rankwise.scoring import LogpModel
     from tasks.plots import training_curves
 
     tokenizer = load_tokenizer(paths.sft)
     rows, held_out, references = _load(params, paths, tokenizer)
-    module = LogpModel(with_adapters(load_causal_lm(paths.sft), params.lora, seed=params.seed)).to(device())
+    module = LogpModel(with_adapters(load_causal_lm(paths.sft), params.lora, seed=params.seed))
+    place(module, params.precision)
     settings = PreferenceSettings(
         beta=params.beta,
         loss=params.loss,
@@ -65,18 +67,17 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     learner = PreferenceLearner(module, 0, references, settings)
     start = _check_start(learner, rows, params)
     stage.log(f"loss at the start {start['loss']:.6f}, expected {start['expected']:.6f} (log K! averaged over rows)")
-    identity = [
-        weights_digest(paths.sft),
-        tokenizer_digest(paths.sft),
-        file_digest(paths.preferences),
-        file_digest(paths.reference),
-    ]
+    identity = {
+        "reference": weights_digest(paths.sft),
+        "tokenizer": tokenizer_digest(paths.sft),
+        "preferences": file_digest(paths.preferences),
+        "reference_logprobs": file_digest(paths.reference),
+    }
     measured = fit(stage, learner, rows, params, identity=identity, held_out=held_out)
-    with output_folder(paths.policy) as folder:
-        save_model(module.model, tokenizer, folder)
+    save_trained(module.model, tokenizer, paths.policy)
     last = last_epoch(stage.curves)
     stage.tracker.dataset(paths.preferences, "preferences")
-    stage.tracker.tags({"reference_weights": identity[0]})
+    stage.tracker.tags({"reference_weights": identity["reference"]})
     training_curves(stage.curves, stage.plots / "curves.png", start_loss=start["expected"])
     stage.finish(
         {
@@ -145,7 +146,8 @@ def _check_start(learner: PreferenceLearner, rows: list[TokenRow], params: Param
     loss = expected = worst = 0.0
     some = rows[:START_ROWS]
     learner.module.eval()
-    with torch.inference_mode(), numerics(params.precision, device()):
+    # not inference_mode: sharded layers could not be put together again outside of it
+    with torch.no_grad(), numerics(params.precision, device()):
         for part in micro_batches(some, max_tokens=params.micro_batch_tokens):
             batch = learner.collate(part).to(device())
             output = learner.module(batch)

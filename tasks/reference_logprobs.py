@@ -1,11 +1,12 @@
 """Stage reference_logprobs: what the frozen reference thinks of every ranked answer; computed once, kept by row.
 
-A change of learning rate, β or loss recomputes nothing.
+A change of learning rate, β or loss recomputes nothing. Several processes (torchrun) share the rows.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from typing import Literal
 from rankwise.rows import read_rows, write_table
 from rankwise.types import UserError
 from tasks.params import param
-from tasks.stage import Stage, main
+from tasks.stage import Stage, is_first_rank, main
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,9 @@ class Paths:
 def run(params: Params, paths: Paths, stage: Stage) -> None:
     import pyarrow as pa
 
-    from rankwise.checkpoints import device, load_causal_lm, load_tokenizer
+    from rankwise.checkpoints import load_causal_lm, load_tokenizer
     from rankwise.fingerprint import weights_digest
+    from rankwise.parallel import place
     from rankwise.reference import score_rows
     from rankwise.rendering import Renderer
     from rankwise.scoring import LogpModel
@@ -54,9 +56,10 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     )
     rows = [renderer.render(row) for row in ranked]
     weights = weights_digest(paths.model)
-    module = LogpModel(load_causal_lm(paths.model).to(device()))
+    module = place(LogpModel(load_causal_lm(paths.model)), params.precision)
     began = time.monotonic()
-    with Store(stage.store("reference_logprobs")) as store:
+    # Numbers come to the first process, which alone writes: another host may see another disk.
+    with Store(stage.store("reference_logprobs")) if is_first_rank() else nullcontext() as store:
         scored, computed = score_rows(
             module, rows, weights=weights, precision=params.precision, store=store, max_tokens=params.max_tokens
         )
@@ -78,7 +81,8 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
         "max_prompt_tokens": str(params.max_prompt_tokens),
         "max_answer_tokens": str(params.max_answer_tokens),
     }
-    write_table(paths.reference, table.replace_schema_metadata(meta))
+    if is_first_rank():
+        write_table(paths.reference, table.replace_schema_metadata(meta))
     tokens = sum(sum(one.tokens) for one in scored)
     stage.tracker.dataset(paths.preferences, "preferences")
     stage.finish(

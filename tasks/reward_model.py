@@ -14,7 +14,7 @@ from rankwise.rows import read_rows
 from rankwise.types import UserError
 from tasks.params import param
 from tasks.stage import Stage, main, output_folder
-from tasks.training import TrainingParams, drop_checkpoints, fit
+from tasks.training import TrainingParams, drop_checkpoints, fit, save_trained
 
 if TYPE_CHECKING:
     from rankwise.rendering import TokenRow
@@ -43,27 +43,28 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
             stage.log("reward_model.enabled is false: another judge gives the verdicts, nothing is trained")
         stage.finish({"enabled": 0})
         return
-    from rankwise.checkpoints import device, load_tokenizer, new_reward_model, save_model
+    from rankwise.checkpoints import load_tokenizer, new_reward_model
     from rankwise.evaluation import share
     from rankwise.learners import RewardLearner
+    from rankwise.parallel import place
     from rankwise.rewards import RewardModel
     from tasks.plots import training_curves
 
     tokenizer = load_tokenizer(paths.sft)
     training = _rows(paths.prompts / "labelled.parquet", tokenizer, params)
     test = _rows(paths.prompts / "labelled_test.parquet", tokenizer, params)
-    model = new_reward_model(paths.sft, tokenizer, seed=params.seed)
-    learner = RewardLearner(RewardModel(model).to(device()), 0)
-    identity = [
-        weights_digest(paths.sft),
-        tokenizer_digest(paths.sft),
-        file_digest(paths.prompts / "labelled.parquet"),
-        file_digest(paths.prompts / "labelled_test.parquet"),
-    ]
+    module = RewardModel(new_reward_model(paths.sft, tokenizer, seed=params.seed))
+    place(module, params.precision)
+    learner = RewardLearner(module, 0)
+    identity = {
+        "sft": weights_digest(paths.sft),
+        "tokenizer": tokenizer_digest(paths.sft),
+        "labelled": file_digest(paths.prompts / "labelled.parquet"),
+        "labelled_test": file_digest(paths.prompts / "labelled_test.parquet"),
+    }
     measured = fit(stage, learner, training, params, identity=identity, held_out=test)
     accuracy = share(measured["held_out_accuracy"] * len(test), len(test))
-    with output_folder(paths.model) as folder:
-        save_model(model, tokenizer, folder)
+    save_trained(module.model, tokenizer, paths.model)
     training_curves(stage.curves, stage.plots / "curves.png")
     stage.tracker.dataset(paths.prompts / "labelled.parquet", "labelled")
     stage.log(

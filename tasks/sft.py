@@ -10,8 +10,8 @@ from rankwise.fingerprint import file_digest, tokenizer_digest, weights_digest
 from rankwise.rows import read_rows
 from rankwise.types import UserError
 from tasks.params import param
-from tasks.stage import Stage, main, output_folder
-from tasks.training import LoraParams, TrainingParams, drop_checkpoints, fit, last_epoch, with_adapters
+from tasks.stage import Stage, main
+from tasks.training import LoraParams, TrainingParams, drop_checkpoints, fit, last_epoch, save_trained, with_adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,9 @@ class Paths:
 
 
 def run(params: Params, paths: Paths, stage: Stage) -> None:
-    from rankwise.checkpoints import device, load_causal_lm, load_tokenizer, save_model
+    from rankwise.checkpoints import load_causal_lm, load_tokenizer
     from rankwise.learners import SftLearner
+    from rankwise.parallel import place
     from rankwise.rendering import Renderer
     from rankwise.scoring import LogpModel
     from tasks.plots import training_curves
@@ -55,16 +56,20 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
                 "give more rows, or lower sft.held_out"
             )
         held_out, training = rows[: params.held_out], rows[params.held_out :]
-        module = LogpModel(with_adapters(model, params.lora, seed=params.seed)).to(device())
-        identity = [weights_digest(paths.base), tokenizer_digest(paths.base), file_digest(table)]
+        module = LogpModel(with_adapters(model, params.lora, seed=params.seed))
+        place(module, params.precision)
+        identity = {
+            "base": weights_digest(paths.base),
+            "tokenizer": tokenizer_digest(paths.base),
+            "examples": file_digest(table),
+        }
         learner = SftLearner(module, 0)
         measured = fit(stage, learner, training, params, identity=identity, held_out=held_out)
         model = module.model
         metrics = {"steps": stage.curves[-1]["step"], "loss": last_epoch(stage.curves)["loss"], **measured}
         if measured:
             metrics["held_out_perplexity"] = math.exp(measured["held_out_loss"])
-    with output_folder(paths.model) as folder:
-        save_model(model, tokenizer, folder)
+    save_trained(model, tokenizer, paths.model)
     stage.tracker.dataset(table, "sft")
     if stage.curves:
         training_curves(stage.curves, stage.plots / "curves.png")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rankwise.fingerprint import digest
 from tasks.params import param
-from tasks.stage import Stage, is_first_rank
+from tasks.stage import Stage, is_first_rank, output_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rankwise.learners import Learner
     from rankwise.rendering import TokenRow
@@ -87,7 +87,7 @@ def fit(
     rows: Sequence[TokenRow],
     params: TrainingParams,
     *,
-    identity: Sequence[Any],
+    identity: Mapping[str, str],
     held_out: Sequence[TokenRow],
 ) -> dict[str, float]:
     """Run the loop with this stage's checkpoint, curves and tracker; returns the last held-out measurement.
@@ -96,19 +96,30 @@ def fit(
     drop_checkpoints: the stage's result is not in place yet.
 
     Args:
-        identity: fingerprints of everything beside params that the weights depend on.
+        identity: fingerprints of everything beside params that the weights depend on, by name.
     """
     from rankwise.learners import measure
+    from rankwise.parallel import gather_weights
     from rankwise.training import Hooks, Settings, train
 
     names = Settings.__dataclass_fields__.keys() & asdict(params).keys()
     settings = Settings(**{name: getattr(params, name) for name in names})
+    checkpoint = stage.checkpoints(checkpoint_key(params, identity)) / "state.safetensors"
+    values = {name: str(value) for name, value in asdict(params).items()}
+    _tell_of_others(stage, checkpoint, {**identity, **values})
+    # The loop knows its own settings; what else shapes the result (β, loss, adapters) is told to it.
+    identity = {**identity, **{name: value for name, value in values.items() if name not in names}}
     last = {"step": 0}
     measured: dict[str, float] = {}
 
     def record(step_record: StepRecord) -> None:
         last["step"] = step_record.step
         stage.record(step_record.step, step_record.values, step_record.speeds)
+        stage.timings["train_seconds"] = step_record.speeds["train_seconds"]
+
+    def resume(step: int, points: list[dict[str, float]]) -> None:
+        last["step"] = step
+        stage.resume_curves(step, points)
 
     def look(epoch: int) -> None:
         found = measure(learner, held_out, max_tokens=params.micro_batch_tokens, precision=params.precision)
@@ -116,19 +127,40 @@ def fit(
         stage.log(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
         stage.record(last["step"], measured)
 
-    hooks = Hooks(
-        on_step=record,
-        on_epoch=look if held_out else lambda epoch: None,
-        on_resume=stage.resume_curves,
-        points=lambda: stage.curves,
-    )
-    began = time.monotonic()
-    checkpoint = stage.checkpoints(checkpoint_key(params, identity)) / "state.safetensors"
-    last["step"] = train(learner, rows, settings, what=stage.name, checkpoint=checkpoint, hooks=hooks)
-    stage.timings["train_seconds"] = time.monotonic() - began
-    if held_out and not measured:  # continued from a checkpoint that stood behind the last epoch
-        look(params.epochs)
+    hooks = Hooks(on_step=record, on_epoch=look if held_out else None, on_resume=resume, points=lambda: stage.curves)
+    train(learner, rows, settings, what=stage.name, checkpoint=checkpoint, identity=identity, hooks=hooks)
+    gather_weights(learner.module)
     return measured
+
+
+def save_trained(model: Any, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """A model folder in path's place, by the first process: after fit it alone has all weights."""
+    from rankwise.checkpoints import save_model
+
+    if is_first_rank():
+        with output_folder(path) as folder:
+            save_model(model, tokenizer, folder)
+
+
+def _tell_of_others(stage: Stage, checkpoint: Path, identity: Mapping[str, str]) -> None:
+    """Say why an interrupted run is not continued: one that lies here is of something else, by name."""
+    from rankwise.checkpoints import load_state
+    from rankwise.resuming import differences
+    from rankwise.types import UserError
+
+    if checkpoint.exists() or not is_first_rank():
+        return
+    for other in sorted(checkpoint.parent.parent.glob("*/state.safetensors")):
+        try:
+            notes = load_state(other)[1]
+        except UserError:  # damaged, and of another run: no concern of this one
+            continue
+        theirs = {name: value for name, value in notes.get("identity", {}).items() if name in identity}
+        found = differences(theirs, {name: identity[name] for name in theirs})
+        stage.log(
+            f"beginning anew: {other} (step {notes['step']}) is of another {'; of another '.join(found)}. It is kept, "
+            "and continued when what it was made with is given back"
+        )
 
 
 def last_epoch(curves: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -137,13 +169,17 @@ def last_epoch(curves: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(point[name] for point in points) / len(points) for name in points[0]}
 
 
-def checkpoint_key(params: TrainingParams, identity: Sequence[Any]) -> str:
-    """Identity of a run's checkpoints: other params or inputs never meet them."""
-    return digest(asdict(params), list(identity))[:16]
+def checkpoint_key(params: TrainingParams, identity: Mapping[str, str]) -> str:
+    """The folder of a run's checkpoints: a run with other params or inputs begins anew beside it.
+
+    Params that change memory and no result are left out: a run that was too large continues with a smaller one.
+    """
+    from rankwise.training import FREE_SETTINGS
+
+    return digest({k: v for k, v in asdict(params).items() if k not in FREE_SETTINGS}, dict(identity))[:16]
 
 
-def drop_checkpoints(stage: Stage, params: TrainingParams, identity: Sequence[Any]) -> None:
+def drop_checkpoints(stage: Stage, params: TrainingParams, identity: Mapping[str, str]) -> None:
     """The result is in place: its checkpoint is of no more use."""
-    if not is_first_rank():
-        return
-    shutil.rmtree(stage.checkpoints(checkpoint_key(params, identity)), ignore_errors=True)
+    if is_first_rank():
+        shutil.rmtree(stage.checkpoints(checkpoint_key(params, identity)), ignore_errors=True)

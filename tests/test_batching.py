@@ -36,7 +36,7 @@ def total(teacher, parts) -> torch.Tensor:
 # The same result
 
 
-@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("layout", ["flat", "shared", "padded"])
 def test_cut_and_order_change_neither_loss_nor_gradient(layout):
     rows = token_rows(9)
     model = tiny()

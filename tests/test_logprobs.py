@@ -1,4 +1,4 @@
-"""Chunked log-probabilities against the full log-softmax, values and gradients."""
+"""Tiled log-probabilities against the full log-softmax, values and gradients."""
 
 import pytest
 import torch
@@ -17,6 +17,12 @@ def case(tokens=13, hidden=7, vocabulary=11, *, bias=True, dtype=torch.float64, 
     return leaf(h), leaf(w), leaf(b), target
 
 
+def tiles(monkeypatch, logits: int, kept: int = 0) -> None:
+    """So many logits a tile; logits beyond `kept` are projected twice."""
+    monkeypatch.setattr(logprobs, "TILE_LOGITS", {"cpu": logits, "cuda": logits})
+    monkeypatch.setattr(logprobs, "KEPT_LOGITS", kept)
+
+
 def full(h, w, b, target, softcap=0.0):
     """The textbook: all logits, log-softmax, pick."""
     logits = h @ w.T + (0 if b is None else b)
@@ -24,11 +30,12 @@ def full(h, w, b, target, softcap=0.0):
     return logits.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
 
 
-@pytest.mark.parametrize("rows_a_chunk", [1, 4, 5, 13, 100])
+@pytest.mark.parametrize("kept", [0, 2**24])
+@pytest.mark.parametrize("words_a_tile", [1, 4, 5, 11, 100])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_values_and_gradients_are_those_of_the_full_softmax(monkeypatch, rows_a_chunk, bias, softcap):
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", rows_a_chunk * 11)
+def test_values_and_gradients_are_those_of_the_full_softmax(monkeypatch, words_a_tile, kept, bias, softcap):
+    tiles(monkeypatch, words_a_tile * 13, kept)
     h, w, b, target = case(bias=bias)
     upstream = torch.randn(13, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     ours = token_logps(h, w, b, target, softcap=softcap)
@@ -44,13 +51,13 @@ def test_values_and_gradients_are_those_of_the_full_softmax(monkeypatch, rows_a_
 
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
 def test_gradients_are_those_of_finite_differences(monkeypatch, softcap):
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 2 * 5)
+    tiles(monkeypatch, 2 * 5)
     h, w, b, target = case(tokens=5, hidden=3, vocabulary=5)
     assert torch.autograd.gradcheck(lambda *x: token_logps(*x, target, softcap=softcap), (h, w, b))
 
 
-def test_a_vocabulary_larger_than_a_chunk_goes_token_by_token(monkeypatch):
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 3)
+def test_a_tile_smaller_than_the_tokens_goes_word_by_word(monkeypatch):
+    tiles(monkeypatch, 3)
     h, w, b, target = case()
     torch.testing.assert_close(token_logps(h, w, b, target), full(h, w, b, target))
 
@@ -74,7 +81,7 @@ def test_logits_a_thousand_apart_stay_finite():
 @pytest.mark.parametrize("tokens, hidden, vocabulary", [(7, 16, 33), (64, 48, 257), (129, 64, 1000)])
 def test_error_in_bf16_stays_within_the_naive_one(monkeypatch, tokens, hidden, vocabulary):
     """bf16 states, weights in float32 as they are stored; against float64, no worse than a softmax over bf16 logits."""
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 32 * vocabulary)
+    tiles(monkeypatch, 32 * vocabulary)
     h, w, _, target = case(tokens, hidden, vocabulary, bias=False, dtype=torch.float32, seed=3)
     h = (h.detach() / hidden**0.5).bfloat16()
     exact_h, exact_w = h.double().requires_grad_(), w.detach().bfloat16().double().requires_grad_()

@@ -10,10 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 
+from rankwise.checkpoints import load_causal_lm
 from rankwise.rows import read_rows, write_aside, write_rows
 from tasks.stage import output_folder
 
@@ -192,6 +195,22 @@ def test_everything_held_out_leaves_nothing_to_train_on(project):
         assert told.status == 0 if enough else "preferences.held_out_share" in told.error
 
 
+# Checkpoints of other runs
+
+
+def test_an_interrupted_run_stands_in_nobodys_way_and_is_continued_when_its_inputs_are_back(project):
+    """With another seed the stage begins anew and says why; with the first one it continues."""
+    seed = yaml.safe_load((project.root / "params.yaml").read_text())["sft"]["seed"]
+    stop = tiny.killed_at("rankwise.training:_Run._step", 4, by=signal.SIGTERM)
+    assert project.run("sft", before=stop).status == 143
+    project.change({"sft": {"seed": 7}})
+    told = project.run("sft")
+    assert told.status == 0 and f"of another seed: it says {seed}, this run has 7. It is kept" in told.out, told.out
+    project.change({"sft": {"seed": seed, "micro_batch_tokens": 1024}})  # memory, not a result: the same run
+    told = project.run("sft")
+    assert told.status == 0 and "continuing from step" in told.out and "beginning anew" not in told.out, told.out
+
+
 # As real processes
 
 
@@ -210,12 +229,33 @@ def test_killed_at_any_time_a_rerun_gives_the_same_bytes(project, seconds):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(project):
-    """torchrun: the same mean over the same rows, written once."""
-    one = project.metrics("dpo")
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tasks.dpo"]
-    out, _ = (process := command(project, *launch)).communicate(timeout=120)
-    assert process.returncode == 0, out
-    two = json.loads((project.root / "reports/dpo/metrics.json").read_text())
-    assert two == {name: pytest.approx(value, abs=2e-4) for name, value in one.items()}
-    assert [path for path in project.tree() if ".tmp" in path or "rank" in path] == []
+@pytest.mark.parametrize("sharded", ["false", "true"])
+def test_two_processes_do_what_one_does(project, sharded):
+    """torchrun, whole copies and sharded weights: the same rows, the same mean, written once."""
+    stages = ("sft", "reward_model", "reference_logprobs", "dpo")
+    one = {stage: project.metrics(stage) for stage in stages}
+    shutil.rmtree(project.root / ".rankwise/stores")
+    shutil.rmtree(project.root / "models/policy")
+    # Every stage begins from the models that one process made: rounding does not add up from stage to stage.
+    for stage in stages:
+        launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", f"tasks.{stage}"]
+        options = {"sft": ["--model", "elsewhere/sft"], "reward_model": ["--model", "elsewhere/reward"]}.get(stage, [])
+        process = command(project, *launch, *options, ACCELERATE_USE_FSDP=sharded, CUDA_VISIBLE_DEVICES="")
+        out, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, out
+        assert stage == "reference_logprobs" or ("weights sharded" in out) == (sharded == "true"), out
+        two = json.loads((project.root / f"reports/{stage}/metrics.json").read_text())
+        assert _flat(two) == {
+            name: pytest.approx(value, abs=2e-4, rel=1e-3) for name, value in _flat(one[stage]).items()
+        }
+    load_causal_lm(project.root / "models/policy")
+    assert [path for path in project.tree() if ".tmp" in path or "rank" in Path(path).name] == []
+
+
+def _flat(metrics: dict) -> dict[str, float]:
+    """Numbers of a report, those of an interval by name."""
+    return {
+        f"{name}/{inner}": number
+        for name, value in metrics.items()
+        for inner, number in (value.items() if isinstance(value, dict) else [("", value)])
+    }

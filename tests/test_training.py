@@ -1,7 +1,6 @@
 """The loop: the cut, the number of processes and an interruption change nothing; a bad loss changes nothing either."""
 
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -13,6 +12,7 @@ import pytest
 import torch
 from test_scoring import alone, tiny, token_rows
 
+from rankwise.checkpoints import load_state
 from rankwise.learners import PreferenceLearner, PreferenceSettings, RewardLearner, SftLearner
 from rankwise.objectives import plackett_luce
 from rankwise.rewards import RewardModel
@@ -233,6 +233,88 @@ def test_a_checkpoint_keeps_the_curves(tmp_path):
     assert kept == [(6, [{"step": 1, "loss": 0.5}])]
 
 
+def killed_while_measuring(folder: Path, epoch: int) -> None:
+    """SIGTERM comes while held-out rows are measured: it acts at once, as a checkpoint has just been written."""
+
+    def measure(done: int) -> None:
+        if done == epoch:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("not stopped")
+
+    hooks = Hooks(on_epoch=measure)
+    train(preferences(), ROWS, SETTINGS, what="test", checkpoint=folder / "c.safetensors", hooks=hooks)
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_killed_while_held_out_rows_are_measured_no_step_is_lost_and_they_are_measured_again(epoch, tmp_path):
+    told = child(f"killed_while_measuring(t.Path({str(tmp_path)!r}), {epoch})")
+    assert told.returncode == -signal.SIGTERM, told.stderr
+    epochs, steps, learner = [], [], preferences()
+    hooks = Hooks(on_epoch=epochs.append, on_step=lambda record: steps.append(record.step))
+    train(learner, ROWS, SETTINGS, what="test", checkpoint=tmp_path / "c.safetensors", hooks=hooks)
+    assert epochs == [1, 2][epoch - 1 :] and steps == [4, 5, 6][3 * (epoch - 1) :]
+    assert torch.equal(weights(learner), run(preferences())[1])
+
+
+def test_counters_go_on_after_a_rerun(tmp_path):
+    """Positions computed, rows seen and seconds trained count from the first step on, whoever took it."""
+    path = tmp_path / "c.safetensors"
+    settings = dataclasses.replace(SETTINGS, checkpoint_every_s=0.0)
+    seen: list = []
+
+    def fail():
+        raise Away
+
+    with pytest.raises(Away):
+        train(preferences(), ROWS, settings, what="test", checkpoint=path, hooks=until(5, fail))
+    kept = load_state(path)[1]["counters"]
+    train(preferences(), ROWS, settings, what="test", checkpoint=path, hooks=Hooks(on_step=seen.append))
+    assert seen[0].step == 5 and kept["seconds"] > 0
+    assert seen[0].speeds["train_seconds"] > kept["seconds"]
+    assert seen[-1].values["tokens_seen"] == 2 * sum(row.positions for row in ROWS)
+    assert seen[-1].speeds["rows_seen"] == 2 * len(ROWS)
+    assert run(preferences())[0][4:] == [record.values for record in seen]
+
+
+IDENTITY = {"reference": "r1", "tokenizer": "t1"}
+
+
+@pytest.mark.parametrize(
+    ("identity", "rows", "changes", "said"),
+    [
+        ({"reference": "r2"}, ROWS, {}, "of another reference: it says r1, this run has r2"),
+        ({"tokenizer": "t2"}, ROWS, {}, "of another tokenizer: it says t1, this run has t2"),
+        ({"judge": "j"}, ROWS, {}, "of another judge: it says nothing, this run has j"),
+        ({}, ROWS[::-1], {}, "of another rows: it says"),  # the same rows in another order
+        ({}, [dataclasses.replace(ROWS[0], answers_ids=ROWS[0].answers_ids[::-1]), *ROWS[1:]], {}, "another rows"),
+        ({}, ROWS, {"seed": 1}, "of another seed: it says 0, this run has 1"),
+        ({}, ROWS, {"learning_rate": 1e-3}, "of another learning_rate: it says 0.003, this run has 0.001"),
+        ({"reference": "r2"}, ROWS, {"seed": 1}, "of another reference: .*; of another seed: "),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_name(identity, rows, changes, said, tmp_path):
+    path = tmp_path / "c.safetensors"
+    train(preferences(), ROWS, SETTINGS, what="test", checkpoint=path, identity=IDENTITY)
+    settings = dataclasses.replace(SETTINGS, **changes)
+    with pytest.raises(UserError, match=said) as told:
+        train(preferences(), rows, settings, what="test", checkpoint=path, identity=IDENTITY | identity)
+    assert str(path) in str(told.value) and "delete the file to begin anew" in str(told.value)
+
+
+def test_a_run_that_was_too_large_continues_with_smaller_micro_batches(tmp_path):
+    path = tmp_path / "c.safetensors"
+    settings = dataclasses.replace(SETTINGS, checkpoint_every_s=0.0)
+
+    def fail():
+        raise Away
+
+    with pytest.raises(Away):
+        train(preferences(), ROWS, settings, what="test", checkpoint=path, hooks=until(4, fail))
+    records, end = run(preferences(), checkpoint=path, micro_batch_tokens=30, gradient_checkpointing=True)
+    expected = run(preferences())[1]
+    assert len(records) == 3 and (end - expected).norm() <= 1e-3 * (expected - weights(preferences())).norm()
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     run(preferences(), checkpoint=tmp_path / "c.safetensors", checkpoint_every_s=0.0)
     other = preferences(model=tiny(hidden_size=64))
@@ -264,34 +346,3 @@ def test_a_bad_loss_names_its_rows_and_leaves_the_weights():
     assert "row-03" in str(told.value) and "row-05" in str(told.value) and "row-01" not in str(told.value)
     assert "(2 in all)" in str(told.value)
     assert torch.equal(weights(learner), before)
-
-
-# Several processes
-
-
-def shared_work(out: str) -> None:
-    """The same run as one of several processes; the first writes what came out."""
-    learner = preferences()
-    records, end = run(learner, settings=dataclasses.replace(SETTINGS, micro_batch_tokens=30))
-    if int(os.environ["RANK"]) == 0:
-        torch.save(end, out + ".pt")
-        Path(out).write_text(json.dumps(records))
-
-
-def test_two_processes_follow_the_path_of_one(tmp_path):
-    """Micro-batches are dealt out unevenly, and in the last step of an epoch one process has no row at all."""
-    script, out = tmp_path / "work.py", tmp_path / "records.json"
-    script.write_text(f"import test_training as t\nt.shared_work({str(out)!r})\n")
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
-    told = child(
-        "",
-        *launcher,
-        PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
-        ACCELERATE_USE_CPU="true",
-    )
-    assert told.returncode == 0, told.stderr[-3000:]
-    together, (one, end) = json.loads(out.read_text()), run(preferences(), micro_batch_tokens=30)
-    for mine, theirs in zip(together, one, strict=True):
-        for name in ("loss", "grad_norm", "accuracy", "margin", "learning_rate"):
-            assert mine[name] == pytest.approx(theirs[name], rel=2e-5, abs=1e-6), name
-    assert (torch.load(tmp_path / "records.json.pt") - end).norm() <= 1e-3 * (end - weights(preferences())).norm()

@@ -1,0 +1,110 @@
+"""The answer of a benchmark: a table for people, a JSON record for the rest."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contest import Samples, quotient, summary
+from benchmarks.workload import Case
+
+
+def timed(found: dict[str, Samples]) -> dict[str, Any]:
+    """Both sides' times in seconds, and how many times faster ours is: the quotient of the medians."""
+    sides = {name: {"out_of_memory": one.out_of_memory, **summary(one.seconds)} for name, one in found.items()}
+    return {**sides, "ratio": quotient(sides.get("trl"), sides["ours"])}
+
+
+def case_name(case: Case) -> str:
+    """A case in a table."""
+    answers = f"{case.k} × {case.answer}" if case.task == "dpo" else case.answer
+    return f"{case.name}, {case.batch} × ({case.prompt} + {answers}), V {case.shape.vocabulary}"
+
+
+def case_facts(case: Case) -> dict[str, Any]:
+    """A case as the record shows it; Case.of reads it."""
+    return case.spec()
+
+
+def emit(record: dict[str, Any], title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], to: str | None):
+    """Print the table; write the record to stdout ("-"), to a file, or nowhere (None).
+
+    Where the record goes to stdout the table goes to stderr.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for line in lines:
+        table.add_row(*line)
+    # As wide as the table: cut in a log, a number would be lost.
+    console = Console(stderr=to == "-", width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    for name, value in notes(record):
+        console.print(f"{name}: {value}", markup=False, highlight=False)
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    if to == "-":
+        print(text)
+    elif to is not None:
+        Path(to).write_text(text + "\n", encoding="utf-8")
+
+
+def notes(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is said below a table: settings, parity, machine."""
+    machine = record["machine"]
+    versions = ", ".join(f"{name} {value or 'missing'}" for name, value in machine["versions"].items())
+    said = [("machine", f"{machine['device']}, {machine['cores']} cores, {machine['threads']} threads, {versions}")]
+    if "matmul_flops" in machine:
+        rates = ", ".join(f"{kind} {rate / 1e9:,.0f} GFLOP/s" for kind, rate in machine["matmul_flops"].items())
+        said.append(("matmul ceiling", rates))
+    if parity := record.get("parity"):
+        apart = ", ".join(f"{name} {value:.1e}" for name, value in parity.items() if name != "limits")
+        said.append(("parity in fp32, relative", apart))
+    elif "parity" in record:
+        said.append(("parity", "not checked, TRL took no part"))
+    if settings := record.get("settings"):
+        said.append(("settings", ", ".join(f"{side} {setting}" for side, setting in settings.items() if setting)))
+    return said
+
+
+def say(what: str) -> None:
+    """A line on what is done now, beside the progress of the steps."""
+    print(what, file=sys.stderr, flush=True)
+
+
+def seconds(one: dict[str, Any] | None) -> str:
+    """A median with its quartiles."""
+    return _with_quartiles(one, lambda value: f"{value:.3f}" if value < 10 else f"{value:.1f}")
+
+
+def megabytes(one: dict[str, Any] | None) -> str:
+    """A median of bytes as MiB."""
+    return "—" if not one or one.get("median") is None else f"{one['median'] / 2**20:,.0f}"
+
+
+def times(value: float | None) -> str:
+    return "—" if value is None else f"{value:.2f} ×"
+
+
+def share(value: float | None) -> str:
+    return "—" if value is None else f"{100 * value:.1f} %"
+
+
+def rate(value: float | None) -> str:
+    return "—" if value is None else f"{value:.2f}"
+
+
+def _with_quartiles(one: dict[str, Any] | None, show) -> str:
+    if not one:
+        return "—"
+    if one.get("out_of_memory"):
+        return "out of memory"
+    if one["median"] is None:
+        return "—"
+    low, high = one["quartiles"]
+    return f"{show(one['median'])} [{show(low)}, {show(high)}]"

@@ -1,0 +1,1 @@
+"""What a training run will take, before it is launched; the command is `python -m rankwise.plan`."""
