@@ -8,6 +8,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Processes that share the tests out, file by file; each takes about 1 GiB.
+TEST_WORKERS ?= 2
 READY  := $(VENV)/.installed
 
 FLOW_ARGS := $(if $(TARGET),--target $(TARGET)) $(if $(FORCE),--force $(FORCE)) \
@@ -27,7 +29,7 @@ repro: $(READY) ## the same stages by DVC alone, without Prefect
 	@PATH="$(abspath $(BIN)):$$PATH" dvc repro $(TARGET)
 
 test: $(READY) ## the tests that take seconds; PYTEST_ARGS='-m "slow or not slow"' for all
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 mlflow: $(READY) ## show training runs and models in MLflow's page
 	@$(BIN)/python -m tasks.tracking ui

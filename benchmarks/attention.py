@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks import cli, report
 from benchmarks.contest import Effort, Worker, contest, quotient, summary
 from benchmarks.workload import Case
+from rankwise.types import UserError
 
 COLUMNS = ("case", "attention", "ms", "ratio")
 AGAINST = {
@@ -31,6 +32,8 @@ def main(arguments: list[str]) -> None:
     cli.add_case_options(parser)
     parser.add_argument("--k", type=int, nargs="+", metavar="K", help="answers a prompt (2 4)")
     options = parser.parse_args(arguments)
+    if options.device == "cuda":
+        raise UserError("--device cuda: attention within trees is a CPU's way; leave it out")
     options.device = "cpu"
     ks = options.k or ([2] if options.vary or options.quick else [2, 4])
     cases = [one for k in ks for one in cli.series(options, cli.case_of(options, k=k))]

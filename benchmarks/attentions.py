@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import rankwise.attention
-from benchmarks import peak
 from benchmarks.channel import Channel, Pace
 from benchmarks.workload import Case, rows
 from rankwise.batching import Batch, flat_rows, shared_rows
+from rankwise.plan import peak
 from rankwise.rendering import TokenRow
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -10,7 +10,7 @@ import os
 import time
 from typing import Any
 
-from benchmarks import peak
+from rankwise.plan import peak
 
 
 class Stop(Exception):

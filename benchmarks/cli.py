@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from benchmarks.arguments import count, our_setting, place, trl_setting
 from benchmarks.choose import Trial, best_of_ours, best_of_trl
 from benchmarks.contest import Effort, Worker
 from benchmarks.report import say
-from benchmarks.settings import OurSetting, TrlSetting, dividing, our_setting, trl_setting
+from benchmarks.settings import OurSetting, TrlSetting, dividing
 from benchmarks.workload import MODELS, Case
 from rankwise.types import UserError
 
@@ -60,10 +61,17 @@ def parser(module: str, description: str, *, epilog: str = "") -> argparse.Argum
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the record as JSON: to stdout, or to FILE")
+    made.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        type=place,
+        metavar="FILE",
+        help="the record as JSON: to stdout, or to FILE",
+    )
     made.add_argument("--quick", action="store_true", help="a tiny model, fixed settings: to see that it runs")
     made.add_argument("--ours-only", action="store_true", help="leave TRL out, as where it is not installed")
-    made.add_argument("--rounds", type=_count, help="steps of each side that count (9; 3 with --quick)")
+    made.add_argument("--rounds", type=count, help="steps of each side that count (9; 3 with --quick)")
     made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     made.add_argument("--seed", type=int, default=0, help="of weights and data (0)")
     return made
@@ -73,25 +81,24 @@ def add_case_options(made: argparse.ArgumentParser) -> None:
     """Model, data and settings of the benchmarks that train or score a model."""
     shape = made.add_argument_group("what is computed")
     shape.add_argument("--model", choices=MODELS, help="a Llama of this size with random weights (15m; 0.5b on cuda)")
-    shape.add_argument("--batch", type=_count, help="prompts an optimizer step (16)")
-    shape.add_argument("--prompt", type=_count, help="median tokens of a prompt, lognormal (128)")
-    shape.add_argument("--answer", type=_count, help="median tokens of an answer, lognormal (96)")
-    shape.add_argument("--vocabulary", type=_count, help="tokens (the model's own)")
+    shape.add_argument("--batch", type=count, help="prompts an optimizer step (16)")
+    shape.add_argument("--prompt", type=count, help="median tokens of a prompt, lognormal (128)")
+    shape.add_argument("--answer", type=count, help="median tokens of an answer, lognormal (96)")
+    shape.add_argument("--vocabulary", type=count, help="tokens (the model's own)")
     shape.add_argument("--weights", choices=("fp32", "bf16"), help="dtype of the parameters (fp32)", default="fp32")
     shape.add_argument("--checkpointing", action="store_true", help="activation checkpointing, on both sides")
     shape.add_argument("--vary", choices=GROWTH, help="a growth series: this one changes, the others stay")
-    shape.add_argument("--values", type=_count, nargs="+", metavar="N", help=f"values of --vary ({_growth()})")
+    shape.add_argument("--values", type=count, nargs="+", metavar="N", help=f"values of --vary ({_growth()})")
     how = made.add_argument_group("how")
-    how.add_argument("--our-setting", type=our_setting_or_exit, metavar="S", help="as bf16-4096; default: tried out")
-    how.add_argument("--trl-setting", type=trl_setting_or_exit, metavar="S", help="as bf16-eager-8; default: tried out")
+    how.add_argument("--our-setting", type=our_setting, metavar="S", help="as bf16-4096; default: tried out")
+    how.add_argument("--trl-setting", type=trl_setting, metavar="S", help="as bf16-eager-8; default: tried out")
     how.add_argument("--exclusive", action="store_true", help="one side in memory at a time, for models that fill it")
     how.add_argument("--budget", type=float, default=300.0, metavar="S", help="no new round after S seconds (300)")
 
 
 def case_of(options: argparse.Namespace, *, task: str = "dpo", k: int = 2) -> Case:
     """The case that the options describe."""
-    if options.device is None:
-        options.device = device()
+    options.device = device(options.device)
     if task == "dpo" and k < 2:
         raise UserError(f"--k {k}: a preference needs two answers at least; give 2 or more")
     name = options.model or ("tiny" if options.quick else "0.5b" if options.device == "cuda" else "15m")
@@ -113,6 +120,26 @@ def case_of(options: argparse.Namespace, *, task: str = "dpo", k: int = 2) -> Ca
     return case
 
 
+def record(
+    benchmark: str,
+    options: argparse.Namespace,
+    machine: dict[str, Any],
+    parity: dict[str, Any] | None,
+    chosen: Chosen,
+    results: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """What a benchmark of two sides found, and all that it takes to find it again."""
+    return {
+        "benchmark": benchmark,
+        "options": told(options),
+        "machine": machine,
+        "parity": parity,
+        "chosen": chosen.spec(),  # each result has the settings that ran
+        "trials": chosen.trials,
+        "results": results,
+    }
+
+
 def told(options: argparse.Namespace) -> dict[str, Any]:
     """The options for the record, so that it can be made again; without the place that it is written to."""
     given = {name: value for name, value in vars(options).items() if name != "json" and value is not None}
@@ -127,7 +154,10 @@ def series(options: argparse.Namespace, case: Case) -> list[Case]:
         return [case]
     if options.vary == "k" and case.task == "sft":
         raise UserError("--vary k: an SFT row has one answer; vary prompt, answer, vocabulary or batch")
-    return [case.with_value(options.vary, value) for value in options.values or GROWTH[options.vary]]
+    values = options.values or GROWTH[options.vary]
+    if options.vary == "k" and min(values) < 2:
+        raise UserError(f"--vary k --values {min(values)}: a preference needs two answers at least; give 2 or more")
+    return [case.with_value(options.vary, value) for value in values]
 
 
 def effort(options: argparse.Namespace) -> Effort:
@@ -185,33 +215,17 @@ def command(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
 
 
-def our_setting_or_exit(text: str) -> OurSetting:
-    return _as_argument(our_setting, text)
-
-
-def trl_setting_or_exit(text: str) -> TrlSetting:
-    return _as_argument(trl_setting, text)
-
-
-def _as_argument(read: Callable, text: str) -> Any:
-    try:
-        return read(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 def _growth() -> str:
     return "; ".join(f"{name} {' '.join(map(str, values))}" for name, values in GROWTH.items())
 
 
-def device() -> str:
-    """cuda where there is one."""
+def device(asked: str | None) -> str:
+    """The device that was asked for, or cuda where there is one; raises UserError where what was asked for is not."""
+    if asked == "cpu":
+        return asked
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    there = torch.cuda.is_available()
+    if asked == "cuda" and not there:
+        raise UserError("--device cuda: torch finds no CUDA device here; leave it out, or give --device cpu")
+    return "cuda" if there else "cpu"

@@ -1,10 +1,11 @@
-"""Three ways from hidden states to log-probabilities of chosen tokens, and how far each is from float64.
+"""Four ways from hidden states to log-probabilities of chosen tokens, and how far each is from float64.
 
 Letters: N tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import peak
 from benchmarks.channel import Channel, Pace
 from rankwise.logprobs import token_logps
+from rankwise.plan import peak
 
 EXACT_TOKENS = 256  # tokens on which errors are measured: float64 logits of all would not fit
+CONFIDENT = slice(1, None, 2)  # every second token: the model is the surer of its target the later it comes
+SURE = 1 - 1e-5  # about the probability of the surest
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden_NH, weight_VH, target_N -> logp_N
 
@@ -25,7 +28,11 @@ def run(spec: dict[str, Any], channel: Channel) -> None:
     """Forward and backward of one head, once a go; the first reply also tells its errors."""
     head, device = HEADS[spec["head"]](), spec["device"]
     hidden_NH, weight_VH, target_N = inputs(spec)
-    errors = errors_of(head, hidden_NH[:EXACT_TOKENS], weight_VH, target_N[:EXACT_TOKENS])
+    few_NH, few_N = hidden_NH[:EXACT_TOKENS], target_N[:EXACT_TOKENS]
+    errors = errors_of(head, few_NH, weight_VH, few_N)
+    if len(few_N) > 1:
+        confident = errors_of(head, few_NH[CONFIDENT], weight_VH, few_N[CONFIDENT].contiguous())
+        errors |= {f"confident_{name}": error for name, error in confident.items()}
     hidden_NH.requires_grad_()
     weight_VH.requires_grad_()
     peak.reset(device)
@@ -37,14 +44,26 @@ def run(spec: dict[str, Any], channel: Channel) -> None:
 
 
 def inputs(spec: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Random hidden states, a weight whose logits spread as a trained model's do, and targets."""
+    """Random hidden states, a weight whose logits spread as a trained model's do, and targets.
+
+    Half of the hidden states lean towards their target, from not at all to SURE: a trained model is sure of most of its
+    tokens, and there a target's logit that is rounded otherwise than its share of the sum does not cancel.
+    """
     dice = torch.Generator(device=spec["device"]).manual_seed(spec["seed"])
     at = {"device": spec["device"], "generator": dice}
     n, h, v = spec["tokens"], spec["hidden"], spec["vocabulary"]
-    hidden_NH = torch.randn(n, h, **at).to(DTYPES[spec["dtype"]])
-    # Logits of standard deviation 2; rounded once here, so that every head multiplies the same numbers.
-    weight_VH = (torch.randn(v, h, **at) * 2 / h**0.5).to(DTYPES[spec["dtype"]])
-    return hidden_NH, weight_VH, torch.randint(v, (n,), **at)
+    hidden_NH = torch.randn(n, h, **at)
+    # Logits of standard deviation 2, so that their log-sum-exp is log V + 2² / 2.
+    weight_VH = torch.randn(v, h, **at) * 2 / h**0.5
+    target_N = torch.randint(v, (n,), **at)
+    surest = math.log(v) + 2 + math.log(SURE / (1 - SURE))  # nats that a target's logit must gain
+    surest += surest**2 / (2 * h)  # the others', which then spread more, rise by this
+    gain_N = surest * (torch.arange(n, device=spec["device"]) % EXACT_TOKENS) / max(1, min(n, EXACT_TOKENS) - 1)
+    own_NH = weight_VH[target_N]
+    boost_N = gain_N / own_NH.square().sum(-1)
+    hidden_NH[CONFIDENT] += (boost_N[:, None] * own_NH)[CONFIDENT]
+    # Rounded once here, so that every head multiplies the same numbers.
+    return hidden_NH.to(DTYPES[spec["dtype"]]), weight_VH.to(DTYPES[spec["dtype"]]), target_N
 
 
 def errors_of(head: Head, hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import peak
 from benchmarks.channel import Channel
 from benchmarks.settings import OurSetting, TrlSetting, dividing
 from benchmarks.workload import Case
+from rankwise.plan import peak
 
 Spec = dict[str, Any]
 
@@ -80,22 +79,11 @@ def facts(spec: Spec, channel: Channel, folder: str) -> None:
         "versions": {name: _version(name) for name in ("torch", "transformers", "trl")},
     }
     if spec["ceiling"]:
-        said["matmul_flops"] = {kind: ceiling(device, kind, spec["ceiling"]) for kind in ("fp32", "bf16")}
+        from rankwise.plan.machine import matmul_rate
+
+        where, side = torch.device(device), spec["ceiling"]
+        said["matmul_flops"] = {kind: matmul_rate(kind, where, side=side) for kind in ("fp32", "bf16")}
     channel.say(**said)
-
-
-def ceiling(device: str, precision: str, size: int) -> float:
-    """FLOP/s of a square matmul, the best of several: what this machine gives a program that does nothing else."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = 0.0
-    for _ in range(8):
-        began = time.perf_counter()
-        left @ right
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, 2 * size**3 / (time.perf_counter() - began))
-    return best
 
 
 def head(spec: Spec, channel: Channel, folder: str) -> None:

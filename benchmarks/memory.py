@@ -36,15 +36,7 @@ def main(arguments: list[str]) -> None:
     # One side at a time, thrice: a peak needs few steps, and neither side is to lack memory for the other's sake.
     effort = replace(cli.effort(options), rounds=3, exclusive=True)
     results = [measure(case, cli.fitted(chosen, case), effort) for case in cases]
-    record = {
-        "benchmark": "memory",
-        "options": cli.told(options),
-        "machine": machine,
-        "parity": parity,
-        "settings": chosen.spec(),
-        "trials": chosen.trials,
-        "results": results,
-    }
+    record = cli.record("memory", options, machine, parity, chosen, results)
     title = f"peak memory of a {options.task.upper()} step above imports, and in all; ratio: ours / TRL"
     report.emit(record, title, COLUMNS, [_line(one) for one in results], options.json)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import cli, report
+from benchmarks.arguments import count
 from benchmarks.cli import Chosen
 from benchmarks.contest import Effort, contest
 from benchmarks.parity import reference_parity
@@ -25,7 +26,7 @@ COLUMNS = ("case", "ours s", "TRL s", "ratio", "ours rows/s", "TRL rows/s", "row
 def main(arguments: list[str]) -> None:
     parser = cli.parser("reference", __doc__)
     cli.add_case_options(parser)
-    parser.add_argument("--rows", type=int, help="rows of the table (64); each has two answers")
+    parser.add_argument("--rows", type=count, help="rows of the table (64); each has two answers")
     options = parser.parse_args(arguments)
     cli.need_trl(options)
     options.batch = options.rows or options.batch or (8 if options.quick else 64)
@@ -36,15 +37,7 @@ def main(arguments: list[str]) -> None:
     machine = cli.machine(options, ceiling=False)
     chosen = cli.choose(options, cases[0], job="reference")
     results = [measure(case, chosen, cli.effort(options)) for case in cases]
-    record = {
-        "benchmark": "reference",
-        "options": cli.told(options),
-        "machine": machine,
-        "parity": parity,
-        "settings": chosen.spec(),
-        "trials": chosen.trials,
-        "results": results,
-    }
+    record = cli.record("reference", options, machine, parity, chosen, results)
     report.emit(
         record, "reference pass; ratio: TRL's median / ours", COLUMNS, [_line(one) for one in results], options.json
     )

@@ -67,9 +67,19 @@ def notes(record: dict[str, Any]) -> list[tuple[str, str]]:
         said.append(("parity in fp32, relative", apart))
     elif "parity" in record:
         said.append(("parity", "not checked, TRL took no part"))
-    if settings := record.get("settings"):
-        said.append(("settings", ", ".join(f"{side} {setting}" for side, setting in settings.items() if setting)))
-    return said
+    return said + _settings(record["results"])
+
+
+def _settings(results: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The settings that ran: once where all results had the same, else at each."""
+    told = []
+    for one in results:
+        if "settings" in one:
+            name = ", ".join(filter(None, (case_name(Case.of(one["case"])), one.get("compared"))))
+            told.append((name, ", ".join(f"{side} {setting}" for side, setting in one["settings"].items() if setting)))
+    if len({setting for _, setting in told}) == 1:
+        return [("settings", told[0][1])]
+    return [(f"settings of {name}", setting) for name, setting in told]
 
 
 def say(what: str) -> None:

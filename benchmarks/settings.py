@@ -50,16 +50,17 @@ def our_setting(text: str) -> OurSetting:
     """Read "bf16-4096"; raises UserError."""
     precision, _, budget = text.partition("-")
     if precision not in PRECISIONS or not budget.isdigit() or int(budget) < 1:
-        raise UserError(f"--our-setting {text}: not a setting; write PRECISION-POSITIONS, as in bf16-4096 ({_names()})")
+        raise UserError(f"{text!r} is no setting; write PRECISION-POSITIONS, as in bf16-4096 ({_names()})")
     return OurSetting(precision=precision, budget=int(budget))
 
 
 def trl_setting(text: str) -> TrlSetting:
     """Read "medium-compile-8" or "bf16-eager-1-packed"; raises UserError."""
     parts = text.removesuffix("-packed").split("-")
-    if len(parts) != 3 or parts[0] not in PRECISIONS or parts[1] not in MODES or not parts[2].isdigit():
+    named = len(parts) == 3 and parts[0] in PRECISIONS and parts[1] in MODES
+    if not named or not parts[2].isdigit() or int(parts[2]) < 1:
         raise UserError(
-            f"--trl-setting {text}: not a setting; write PRECISION-MODE-MICRO, as in medium-compile-8 "
+            f"{text!r} is no setting; write PRECISION-MODE-MICRO, as in medium-compile-8 "
             f"({_names()}; modes {', '.join(MODES)}; -packed at the end for SFT)"
         )
     return TrlSetting(precision=parts[0], mode=parts[1], micro=int(parts[2]), packed=text.endswith("-packed"))

@@ -50,15 +50,7 @@ def main(arguments: list[str]) -> None:
             case, fitted, like_for_like=case is cases[0] and not options.best_only
         ).items():
             results.append(measure(case, pair, compared, cli.effort(options), machine))
-    record = {
-        "benchmark": "train_step",
-        "options": cli.told(options),
-        "machine": machine,
-        "parity": parity,
-        "settings": chosen.spec(),
-        "trials": chosen.trials,
-        "results": results,
-    }
+    record = cli.record("train_step", options, machine, parity, chosen, results)
     title = f"{options.task.upper()} optimizer step; ratio: TRL's median / ours"
     report.emit(record, title, COLUMNS, [_line(one) for one in results], options.json)
 

@@ -11,6 +11,8 @@ import random
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
+from rankwise.plan.presets import PRESETS
+
 PAD, EOS, FIRST = 0, 1, 2  # token ids: padding, end of sequence, the first ordinary one
 SPREAD = 0.5  # of the logarithm of lengths: two thirds of them lie within a factor of 1.65
 
@@ -27,25 +29,31 @@ class Shape:
     kv_heads: int
     intermediate: int
     vocabulary: int
-    context: int = 1024
+    context: int
     tied: bool = True  # one matrix embeds tokens and predicts them
+
+
+def _llama(preset: str, *, context: int) -> Shape:
+    """A preset's sizes as a Llama's, whatever its architecture."""
+    sizes = PRESETS[preset]
+    return Shape(
+        hidden=sizes["hidden_size"],
+        layers=sizes["num_hidden_layers"],
+        heads=sizes["num_attention_heads"],
+        kv_heads=sizes["num_key_value_heads"],
+        intermediate=sizes["intermediate_size"],
+        vocabulary=sizes["vocab_size"],
+        context=context,
+        tied=sizes.get("tie_word_embeddings", False),
+    )
 
 
 MODELS = {
     "tiny": Shape(hidden=32, layers=2, heads=2, kv_heads=2, intermediate=64, vocabulary=128, context=256),
-    "15m": Shape(hidden=288, layers=6, heads=6, kv_heads=6, intermediate=768, vocabulary=32_000),
-    "0.5b": Shape(hidden=896, layers=24, heads=14, kv_heads=2, intermediate=4864, vocabulary=151_936, context=4096),
-    "1.5b": Shape(hidden=1536, layers=28, heads=12, kv_heads=2, intermediate=8960, vocabulary=151_936, context=4096),
-    "8b": Shape(
-        hidden=4096,
-        layers=32,
-        heads=32,
-        kv_heads=8,
-        intermediate=14_336,
-        vocabulary=128_256,
-        context=4096,
-        tied=False,
-    ),
+    "15m": _llama("llama-15m", context=1024),
+    "0.5b": _llama("qwen-0.5b", context=4096),
+    "1.5b": _llama("qwen-1.5b", context=4096),
+    "8b": _llama("llama-8b", context=4096),
 }
 
 

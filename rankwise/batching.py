@@ -10,7 +10,8 @@ Letters: R rows of the tensor, L positions, N answer tokens, A answers, B prompt
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -78,7 +79,7 @@ class Batch(AnswerBatch):
 
 def flat_rows(rows: Sequence[TokenRow], pad_id: int) -> Batch:
     """One tensor row without padding: each prompt once, its answers beside it, tree behind tree."""
-    _refuse_empty_prompts(rows)
+    _refuse_empty(rows)
     layout = _Layout(1, sum(row.positions for row in rows), pad_id)
     spans = []
     for index, row in enumerate(rows):
@@ -96,7 +97,7 @@ def _span(start: int, row: TokenRow) -> Span:
 
 def shared_rows(rows: Sequence[TokenRow], pad_id: int) -> Batch:
     """Each prompt once, its answers beside it; several trees to a tensor row, packed first-fit by length."""
-    _refuse_empty_prompts(rows)
+    _refuse_empty(rows)
     capacity = max(row.positions for row in rows)
     bins: list[list[int]] = []
     room: list[int] = []
@@ -117,7 +118,7 @@ def shared_rows(rows: Sequence[TokenRow], pad_id: int) -> Batch:
 
 def padded_rows(rows: Sequence[TokenRow], pad_id: int) -> Batch:
     """Every answer in a tensor row of its own behind a copy of its prompt, padded on the right."""
-    _refuse_empty_prompts(rows)
+    _refuse_empty(rows)
     longest = max(row.longest_path for row in rows)
     layout = _Layout(sum(len(row.answers_ids) for row in rows), longest, pad_id)
     r = 0
@@ -128,11 +129,16 @@ def padded_rows(rows: Sequence[TokenRow], pad_id: int) -> Batch:
     return layout.batch(rows, is_tree=False)
 
 
-def _refuse_empty_prompts(rows: Sequence[TokenRow]) -> None:
+def _refuse_empty(rows: Sequence[TokenRow]) -> None:
     if empty := [row.id for row in rows if not row.prompt_ids]:
         raise UserError(
             f"rows without a prompt token: {', '.join(empty[:10])} ({len(empty)} in all); a model predicts their "
             "first answer token from nothing: give them a prompt, or a tokenizer that adds a BOS token"
+        )
+    if empty := [row.id for row in rows if not all(row.answers_ids)]:
+        raise UserError(
+            f"rows with an answer of no token: {', '.join(empty[:10])} ({len(empty)} in all); there is nothing to "
+            "score: leave these answers out, or end them with the EOS token, as Renderer does"
         )
 
 
@@ -206,17 +212,31 @@ def steps(count: int, *, batch_size: int, epochs: int, seed: int) -> Iterator[li
             yield order[start : start + batch_size]
 
 
-def micro_batches(rows: Sequence[TokenRow], *, max_tokens: int) -> list[list[TokenRow]]:
+def positions(rows: Sequence[TokenRow]) -> int:
+    """What rows cost where each prompt is computed once and nothing is padded."""
+    return sum(row.positions for row in rows)
+
+
+def micro_batches(
+    rows: Sequence[TokenRow], *, max_tokens: int, cost: Callable[[list[TokenRow]], float] = positions
+) -> list[list[TokenRow]]:
     """Cut rows into parts of at most max_tokens positions, alike in length within a part.
 
     A row longer than the budget makes a part of its own.
+
+    Args:
+        cost: positions that a forward pass over these rows computes, padding included (LogpModel.cost,
+            RewardModel.cost); a further row never lowers it.
     """
+    order = sorted(rows, key=lambda row: (row.positions, row.id))
     parts: list[list[TokenRow]] = []
-    used = 0
-    for row in sorted(rows, key=lambda row: (row.positions, row.id)):
-        used += row.positions
-        if not parts or used > max_tokens:
-            parts.append([])
-            used = row.positions
-        parts[-1].append(row)
+    start = 0
+    while start < len(order):
+        # Doubling, then halving: asking for the cost of every longer part would take as many looks at every row.
+        few = 1
+        while few < len(order) - start and cost(order[start : start + 2 * few]) <= max_tokens:
+            few *= 2
+        more = bisect(range(few + 1, 2 * few), max_tokens, key=lambda n, at=start: cost(order[at : at + n]))
+        parts.append(order[start : start + few + more])
+        start += few + more
     return parts

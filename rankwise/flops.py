@@ -53,25 +53,50 @@ def forward_flops(config: PreTrainedConfig, rows: Sequence[TokenRow]) -> int:
 def forward_parts(config: PreTrainedConfig, rows: Sequence[TokenRow]) -> ForwardFlops:
     """FLOPs of one forward pass over rows, by part.
 
-    Raises UserError for an architecture whose body multiplies by other weights than those of linear layers (mixtures
-    of experts, state spaces): the count would be wrong in silence.
+    Raises UserError as meta_model does, and for an architecture whose body multiplies by other weights than those of
+    linear layers or does not attend (mixtures of experts, state spaces): the count would be wrong in silence.
     """
     model = meta_model(config)
+    weights = linear_weights(model)
     text = config.get_text_config()
+    if not hasattr(text, "num_attention_heads"):
+        raise UserError(
+            f"{type(model).__name__}: its configuration names no attention heads, so this is no transformer; FLOPs are "
+            "counted for dense transformers only"
+        )
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     pairs = sum(attended_pairs(row, window) for window in _windows(text) for row in rows)
     head = model.get_output_embeddings().weight.numel()
     return ForwardFlops(
-        linear=2 * linear_weights(model) * sum(row.positions for row in rows),
+        linear=2 * weights * sum(row.positions for row in rows),
         attention=2 * 2 * text.num_attention_heads * head_dim * pairs,
         head=2 * head * sum(len(answer) for row in rows for answer in row.answers_ids),
     )
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a configuration without storage: shapes and names, no numbers, no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """The model of a configuration without storage: shapes and names, no numbers, no memory.
+
+    Raises UserError where the configuration is not one of a causal LM.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"{config.model_type}: no causal LM can be made of this configuration ({reason})") from error
+    if not _is_causal(model):
+        raise UserError(
+            f"{config.model_type}: in {type(model).__name__} of this configuration a position sees those after it, so "
+            "it is an encoder and no causal LM; give the configuration of a causal LM"
+        )
+    return model
+
+
+def _is_causal(model: PreTrainedModel) -> bool:
+    """Whether any attention layer looks back only; where none says so, whether the configuration calls it a decoder."""
+    said = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    return any(said) if said else getattr(model.config, "is_decoder", None) is not False
 
 
 def linear_weights(model: PreTrainedModel) -> int:

@@ -33,7 +33,7 @@ from rankwise.store import Store
 from rankwise.types import Answer, Message, Row, UserError, show_prompt
 
 VERDICTS = ("A", "B")
-NUMERICS = 1  # raise it when the scoring code gives other numbers than before
+NUMERICS = 2  # raise it when the scoring code gives other numbers than before
 COMMIT_REPLIES = 64  # replies lost at most when killed
 
 
@@ -116,7 +116,7 @@ class RewardModelJudge:
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
         rows = [self._render(str(index), question) for index, question in enumerate(questions)]
         with torch.inference_mode(), numerics(self._precision, device()):
-            for part in micro_batches(rows, max_tokens=self._batch_tokens):
+            for part in micro_batches(rows, max_tokens=self._batch_tokens, cost=self._module.cost):
                 scores_A: Tensor = self._module(self._module.batch(part, 0).to(device()))
                 yield from ((int(row.id), Reply(value=score)) for row, score in zip(part, scores_A.tolist()))
 
@@ -150,7 +150,7 @@ class LocalModelJudge:
             for index, question in enumerate(questions)
         ]
         with torch.inference_mode(), numerics(self._precision, device()):
-            for part in micro_batches(rows, max_tokens=self._batch_tokens):
+            for part in micro_batches(rows, max_tokens=self._batch_tokens, cost=self._module.cost):
                 batch = self._module.batch(part, 0).to(device())
                 logp_BK = batch.by_prompt(self._module(batch).sum_A)
                 for row, (a, b) in zip(part, logp_BK.tolist()):

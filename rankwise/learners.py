@@ -7,7 +7,7 @@ the module's output into one loss a row. All ranking losses are objectives.prefe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -43,7 +43,14 @@ class Learner(Protocol):
 
     module: nn.Module
 
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Settings on which the loss depends, by name; a checkpoint of others is not continued."""
+
     def collate(self, rows: list[TokenRow]) -> Any: ...
+
+    def cost(self, rows: list[TokenRow]) -> float:
+        """Positions that the module computes for rows that are collated together, padding included."""
 
     def weight(self, row: TokenRow) -> float:
         """How much a row counts in the mean: tokens for SFT, one a prompt for preferences."""
@@ -58,7 +65,7 @@ def measure(learner: Learner, rows: Sequence[TokenRow], *, max_tokens: int, prec
     where = next(learner.module.parameters()).device
     # not inference_mode: sharded layers could not be put together again outside of it
     with torch.no_grad(), numerics(precision, where):
-        for part in micro_batches(rows, max_tokens=max_tokens):
+        for part in micro_batches(rows, max_tokens=max_tokens, cost=learner.cost):
             batch = learner.collate(part).to(where)
             result = learner.losses(learner.module(batch), batch)
             losses += float(result.loss_B.double().sum())
@@ -71,11 +78,16 @@ def measure(learner: Learner, rows: Sequence[TokenRow], *, max_tokens: int, prec
 class SftLearner:
     """Supervised fine-tuning on answers (E11): the token mean of −log π(y|x)."""
 
+    identity: Mapping[str, str] = {}
+
     def __init__(self, model: LogpModel, pad_id: int):
         self.module, self._pad_id = model, pad_id
 
     def collate(self, rows: list[TokenRow]) -> Batch:
         return self.module.batch(rows, self._pad_id)
+
+    def cost(self, rows: list[TokenRow]) -> float:
+        return self.module.cost(rows)
 
     def weight(self, row: TokenRow) -> float:
         return float(sum(map(len, row.answers_ids)))
@@ -103,9 +115,13 @@ class PreferenceLearner:
     ):
         self.module, self._pad_id = model, pad_id
         self._references, self._settings = references, settings
+        self.identity = {name: str(value) for name, value in asdict(settings).items()}
 
     def collate(self, rows: list[TokenRow]) -> Batch:
         return self.module.batch(rows, self._pad_id)
+
+    def cost(self, rows: list[TokenRow]) -> float:
+        return self.module.cost(rows)
 
     def weight(self, row: TokenRow) -> float:
         return 1.0
@@ -156,11 +172,16 @@ class PreferenceLearner:
 class RewardLearner:
     """A reward model from ranked answers: Bradley-Terry (E4) at K = 2, Plackett-Luce above."""
 
+    identity: Mapping[str, str] = {}
+
     def __init__(self, model: RewardModel, pad_id: int):
         self.module, self._pad_id = model, pad_id
 
     def collate(self, rows: list[TokenRow]) -> ScoreBatch:
         return self.module.batch(rows, self._pad_id)
+
+    def cost(self, rows: list[TokenRow]) -> float:
+        return self.module.cost(rows)
 
     def weight(self, row: TokenRow) -> float:
         return 1.0

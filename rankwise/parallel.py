@@ -126,11 +126,15 @@ def place(module: nn.Module, precision: Precision) -> nn.Module:
     return module.to(here.device)
 
 
-def synchronised(module: nn.Module) -> nn.Module:
-    """What runs forward so that backward averages gradients over all processes; the placed module itself if alone."""
+def synchronised(module: nn.Module, *, idle: bool) -> nn.Module:
+    """What runs forward so that backward averages gradients over all processes; the placed module itself if alone.
+
+    Args:
+        idle: whether some weight may get no gradient; DDP then looks which, where it would wait for it in vain.
+    """
     if dist.is_initialized() and not isinstance(module, FSDPModule):
         # Buffers are alike in all processes and stay so.
-        return DistributedDataParallel(module, broadcast_buffers=False)
+        return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=idle)
     return module
 
 

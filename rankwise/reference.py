@@ -24,7 +24,7 @@ from rankwise.scoring import LogpModel
 from rankwise.store import Store
 from rankwise.types import UserError
 
-NUMERICS = 1  # raise it when the log-probability code gives other numbers than before
+NUMERICS = 2  # raise it when the log-probability code gives other numbers than before
 COMMIT_ROWS = 64  # rows lost at most when killed
 
 
@@ -67,7 +67,7 @@ def score_rows(
     keys = {row.id: key_of(row, weights=weights, precision=precision) for row in rows}
     found = _known(rows, keys, store, here)
     missing = [row for row in rows if keys[row.id] not in found]
-    parts = micro_batches(missing, max_tokens=max_tokens)
+    parts = micro_batches(missing, max_tokens=max_tokens, cost=module.cost)
     module.eval()
     stream = None if here.first else io.StringIO()
     fresh: dict[str, list[float]] = {}

@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from rankwise.checkpoints import load_state, save_state
 from rankwise.parallel import Processes, plain, receive
 from rankwise.rendering import TokenRow
 from rankwise.types import UserError
+
+FROZEN_SAMPLE = 64  # about how many numbers of each frozen tensor tell it from another model's
 
 
 def rows_digest(rows: Sequence[TokenRow]) -> str:
@@ -36,6 +39,21 @@ def rows_digest(rows: Sequence[TokenRow]) -> str:
         for part in parts:
             hasher.update(array("q", part).tobytes())
     return hasher.hexdigest()[:32]
+
+
+def frozen_digest(module: nn.Module) -> str:
+    """Identity of the weights that training leaves alone and no checkpoint holds; "" where there are none.
+
+    Of each tensor it reads a few dozen numbers, spread evenly: two models differ nearly everywhere, and a whole base
+    model would take longer to read than to load. All processes call.
+    """
+    hasher = hashlib.sha256()
+    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    for name, p in frozen.items():
+        flat = plain(p.detach()).flatten()
+        sample = flat[:: max(1, len(flat) // FROZEN_SAMPLE)].double().cpu()
+        hasher.update(json.dumps([name, *p.shape]).encode() + sample.numpy().tobytes())
+    return hasher.hexdigest()[:32] if frozen else ""
 
 
 def differences(theirs: Mapping[str, str], mine: Mapping[str, str]) -> list[str]:
@@ -83,7 +101,9 @@ def load(
     if here.first and path.exists():
         try:
             saved, notes = load_state(path)
-            header = {"notes": notes, "shapes": {name: list(tensor.shape) for name, tensor in saved.items()}}
+            with safe_open(path, framework="pt") as file:  # shapes without the numbers
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            header = {"notes": notes, "shapes": shapes}
         except UserError as error:
             header = {"error": str(error)}
     header = json.loads(here.spread_text(json.dumps(header)))

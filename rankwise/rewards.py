@@ -50,6 +50,10 @@ class RewardModel(nn.Module):
             mask_BK=mask_BK,
         )
 
+    def cost(self, rows: Sequence[TokenRow]) -> int:
+        """Positions that a forward pass over rows computes: every answer whole, padded to the longest."""
+        return sum(len(row.answers_ids) for row in rows) * (max(row.longest_path for row in rows) + 1)
+
     def forward(self, batch: ScoreBatch) -> Tensor:
         """Scores, [A]: of a decoder, read at each answer's last token; of an encoder, as its own head pools them."""
         if not hasattr(self.model, "score"):

@@ -9,6 +9,7 @@ Letters: R rows of the tensor, L positions, N answer tokens, A answers, H hidden
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from rankwise.attention import NAME as TREE_ATTENTION
 from rankwise.attention import register
-from rankwise.batching import Batch, flat_rows, padded_rows, shared_rows
+from rankwise.batching import PROMPT, Batch, flat_rows, padded_rows, shared_rows
 from rankwise.checkpoints import device
 from rankwise.logprobs import token_logps
 from rankwise.rendering import TokenRow
@@ -60,13 +61,30 @@ class LogpModel(nn.Module):
             )
 
     def batch(self, rows: list[TokenRow], pad_id: int) -> Batch:
-        """Lay rows out the way that this model can take."""
+        """Lay rows out the way that this model can take; raises UserError for rows that it must not see together."""
+        _check_rotary_tables(_plain(self.model), rows)
         within = _within_window(_plain(self.model), rows)
         return LAYOUTS[self.layout if within else "padded"](rows, pad_id)
+
+    def cost(self, rows: list[TokenRow]) -> float:
+        """Positions that a forward pass over rows computes: as batch lays them out, padding to the longest included.
+
+        Infinite where the model would take another rotary table for some rows than it takes for them alone.
+        """
+        if len(_rotary_tables(_plain(self.model), rows)) > 1:
+            return math.inf
+        if self.layout != "padded" and _within_window(_plain(self.model), rows):
+            return sum(row.positions for row in rows)
+        return sum(len(row.answers_ids) for row in rows) * max(row.longest_path for row in rows)
 
     def forward(self, batch: Batch) -> AnswerLogps:
         """Log-probabilities of a batch's answers; under autocast hidden states may be bf16, sums are float32."""
         plain = _plain(self.model)
+        if batch.trees and plain.config._attn_implementation != TREE_ATTENTION:
+            raise UserError(
+                f"{type(plain).__name__}: its attention was set to {plain.config._attn_implementation!r} after "
+                "LogpModel chose flat rows, which that attention cannot tell apart; make a new LogpModel of it"
+            )
         hidden_RLH = _backbone(plain)(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -92,7 +110,8 @@ def _plain(model: nn.Module) -> PreTrainedModel:
 
 
 def _backbone(model: PreTrainedModel) -> nn.Module:
-    return getattr(model, model.base_model_prefix)
+    # Llama 4's prefix names a part that its text model does not have.
+    return getattr(model, model.base_model_prefix, None) or model.get_decoder()
 
 
 def _head_scale(model: PreTrainedModel) -> float:
@@ -121,14 +140,49 @@ def _within_window(model: PreTrainedModel, rows: list[TokenRow]) -> bool:
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     if getattr(config, "use_sliding_window", True) is not False and window:
         return max(row.longest_path for row in rows) <= window
-    # GPT-Neo counts its window in places of the tensor row, whatever the position ids say.
-    places = getattr(config, "window_size", None)
+    # GPT-Neo counts its window in places of the tensor row, whatever the position ids say; Doge keeps so many keys.
+    places = getattr(config, "window_size", None) or getattr(config, "keep_window_size", None)
     return not places or max(row.positions for row in rows) <= places
 
 
 def _attend_to_trees(model: PreTrainedModel) -> None:
     register()
     model.config._attn_implementation = TREE_ATTENTION
+
+
+def _rotary_limits(model: PreTrainedModel) -> list[tuple[str, int]]:
+    """(type, positions) of each rotary table that the library chooses by the longest row of a batch."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    tables = [rope] if "rope_type" in rope else [table for table in rope.values() if isinstance(table, dict)]
+    default = getattr(model.config, "max_position_embeddings", 0)
+    return [
+        (table["rope_type"], table.get("original_max_position_embeddings") or default)
+        for table in tables
+        if table.get("rope_type") in ("longrope", "dynamic")
+    ]
+
+
+def _rotary_tables(model: PreTrainedModel, rows: list[TokenRow]) -> set[tuple[bool, ...]]:
+    limits = _rotary_limits(model)
+    return {tuple(row.longest_path > limit for _, limit in limits) for row in rows}
+
+
+def _check_rotary_tables(model: PreTrainedModel, rows: list[TokenRow]) -> None:
+    if not (limits := _rotary_limits(model)):
+        return
+    if len(_rotary_tables(model, rows)) > 1:
+        raise UserError(
+            f"{type(model).__name__}: rows on both sides of {limits[0][1]} positions in one batch; its rotary table "
+            f"({limits[0][0]}) follows the longest, so numbers of the short ones would be wrong; cut batches by "
+            "micro_batches(..., cost=LogpModel.cost)"
+        )
+    for kind, limit in limits:
+        if kind == "dynamic" and (long := [row.id for row in rows if row.longest_path > limit]):
+            raise UserError(
+                f"{type(model).__name__}: rows longer than {limit} positions: {', '.join(long[:10])} ({len(long)} in "
+                "all); its dynamic rotary table would make their numbers depend on what was computed before; limit "
+                "max_prompt_tokens and max_answer_tokens, or give the model another rope_type (yarn)"
+            )
 
 
 @torch.no_grad()
@@ -138,36 +192,68 @@ def _layout_of(model: PreTrainedModel) -> str:
     rows = _probe_rows(plain.config.get_text_config().vocab_size)
     was_training = model.training
     model.eval()
+    refused = ""
     try:
         alone = [_one_by_one(plain, row.prompt_ids, answer) for row in rows for answer in row.answers_ids]
         for layout in LAYOUTS:
-            if _agrees(model, rows, layout, torch.stack(alone)):
-                return layout
+            if layout == "flat" and not _takes_trees(plain):
+                continue
+            try:
+                if _agrees(model, rows, layout, torch.stack(alone).float()):
+                    return layout
+            except Exception as error:
+                # Any refusal of a mask, of trees or of position ids means the same: it cannot take the layout.
+                log.info("layout %s refused: %s", layout, error)
+                refused = f" (it said: {error})"
     finally:
         model.train(was_training)
     raise UserError(
         f"{type(plain).__name__}: log-probabilities computed from its last hidden states differ from those of "
-        "its own logits (a scaled head, or attention that is not causal), so training on them would be wrong in "
-        "silence; use a causal LM whose logits are its output embedding applied to its last hidden states"
+        f"its own logits{refused} (a scaled head, or attention that is not causal), so training on them would be wrong "
+        "in silence; use a causal LM whose logits are its output embedding applied to its last hidden states"
     )
+
+
+def _takes_trees(model: PreTrainedModel) -> bool:
+    return device().type == "cpu" and model.config._attn_implementation in ("sdpa", TREE_ATTENTION)
 
 
 def _agrees(model: PreTrainedModel, rows: list[TokenRow], layout: str, alone_A: Tensor) -> bool:
     """Whether a layout gives the numbers of one answer at a time through the model's own logits."""
-    plain = _plain(model)
-    before, weight = plain.config._attn_implementation, next(plain.parameters())
-    if layout == "flat" and (device().type != "cpu" or before not in ("sdpa", TREE_ATTENTION)):
-        return False
+    config, weight = _plain(model).config, next(model.parameters())
+    before = config._attn_implementation
     try:
-        ours = LogpModel(model, layout=layout)(LAYOUTS[layout](rows, 0).to(weight.device)).sum_A
-    except Exception as error:
-        # Any refusal of a mask, of trees or of position ids means the same thing: this model cannot take the layout.
-        log.info("layout %s refused: %s", layout, error)
-        return False
+        module = LogpModel(model, layout=layout)
+        batch = LAYOUTS[layout](rows, 0).to(weight.device)
+        per_token = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
+        near = torch.allclose(module(batch).sum_A.float(), alone_A, rtol=0, atol=per_token * 6)
+        return near and not _leaks(module, batch)
     finally:
-        plain.config._attn_implementation = before
-    per_token = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
-    return bool(torch.allclose(ours.float(), alone_A.float(), rtol=0, atol=per_token * 6))
+        config._attn_implementation = before
+
+
+def _leaks(module: LogpModel, batch: Batch) -> bool:
+    """Whether an answer's number depends on the words of another one.
+
+    Recurrent and convolution layers mix neighbours; before training so little that sums cannot tell. A gradient can: it
+    is exactly zero where there is no path.
+    """
+    embedded: list[Tensor] = []
+
+    def note(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    handle = _plain(module.model).get_input_embeddings().register_forward_hook(note)
+    try:
+        with torch.enable_grad():
+            sum_A = module(batch).sum_A
+            grads_ARLH = [torch.autograd.grad(one, embedded, retain_graph=True)[0] for one in sum_A]
+    finally:
+        handle.remove()
+    own = lambda tree, slot: (batch.tree == tree) & ((batch.branch == slot) | (batch.branch == PROMPT))
+    places = zip(batch.answer_rows.tolist(), batch.answer_slots.tolist())
+    return any(grad_RLH[~own(tree, slot)].any() for grad_RLH, (tree, slot) in zip(grads_ARLH, places))
 
 
 def _probe_rows(vocabulary: int) -> list[TokenRow]:

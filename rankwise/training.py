@@ -28,7 +28,7 @@ from rankwise.learners import Learner
 from rankwise.parallel import accumulating, place, plain, processes, synchronised
 from rankwise.progress import Progress
 from rankwise.rendering import TokenRow
-from rankwise.resuming import DeferredSignals, load, rows_digest, save
+from rankwise.resuming import DeferredSignals, frozen_digest, load, rows_digest, save
 from rankwise.tallies import Tally
 from rankwise.types import UserError
 
@@ -98,10 +98,11 @@ def train(
         what: the name on the progress bar.
         checkpoint: file to continue from and to write to; only the first process needs to see it.
         identity: what else the result depends on, by name: {"reference": digest, "tokenizer": digest, …}. It is kept
-            in the checkpoint beside rows and settings, and a checkpoint of another identity is refused.
+            in the checkpoint beside rows, frozen weights, these settings and the learner's, and a checkpoint of another
+            identity is refused. The learner's stored reference log-probabilities are known by it alone.
 
     Raises:
-        UserError: no rows; a checkpoint of another reference, tokenizer, rows, …, named; or a damaged one.
+        UserError: no rows; a checkpoint of another reference, tokenizer, β, rows, …, named; or a damaged one.
         NonFiniteLoss: with the first ten row ids of the offending step.
     """
     if not rows:
@@ -124,8 +125,7 @@ class _Run:
         module = place(learner.module, settings.precision)
         if settings.gradient_checkpointing:
             module.model.activation_checkpointing_enable({"use_reentrant": False})
-        # The bare module keeps the learner's methods; the wrapped one synchronises gradients.
-        self.wrapped = synchronised(module)
+        self.wrapped = module  # the bare module keeps the learner's methods; the wrapped one synchronises gradients
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             _decay_groups(self.parameters, settings.weight_decay),
@@ -154,6 +154,7 @@ class _Run:
         stream = None if self.processes.first else io.StringIO()
         bar = Progress(self.what, total=total, unit="step", done=self.done, stream=stream)
         with bar as progress, DeferredSignals() as signals:
+            self.wrapped = synchronised(self.learner.module, idle=self._leaves_some_idle())
             self._end_epoch(signals)  # of a run that was killed while its held-out rows were measured
             while self.done < total:
                 record, stop, due = self._step(self.plan[self.done], signals)
@@ -192,7 +193,8 @@ class _Run:
         began = time.monotonic()
         members = [self.rows[i] for i in indices]
         total_weight = sum(map(self.learner.weight, members))
-        parts = self.processes.deal(micro_batches(members, max_tokens=self.settings.micro_batch_tokens))
+        budget = self.settings.micro_batch_tokens
+        parts = self.processes.deal(micro_batches(members, max_tokens=budget, cost=self.learner.cost))
         lr = self.settings.learning_rate * _schedule(self.done, len(self.plan), self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -242,22 +244,38 @@ class _Run:
         where = self.processes.device
         sync = contextlib.nullcontext() if last else accumulating(self.wrapped)
         with sync, numerics(self.settings.precision, where):
-            batch = self.learner.collate(rows).to(where)
+            batch = self.learner.collate(rows)
+            padding = batch.padding_fraction  # counted here: on a GPU the count would wait for all that is queued
+            batch = batch.to(where)
             result = self.learner.losses(self.wrapped(batch), batch)
             # Gradients are averaged over processes, so each one's share is scaled back up.
             (result.loss_B.sum() * (keep * self.processes.count / total_weight)).backward()
-        sums.add(result, keep=keep, padding=batch.padding_fraction)
+        sums.add(result, keep=keep, padding=padding)
+
+    def _leaves_some_idle(self) -> bool:
+        """Whether backward leaves a weight of whole copies without a gradient: an expert that no token chose, or the
+        vision tower of a model that is shown text only. The shortest row tells."""
+        if self.processes.count == 1 or self.processes.sharded:
+            return False  # nobody waits for its gradient
+        with numerics(self.settings.precision, self.processes.device):
+            shortest = min(self.rows, key=lambda row: row.positions)
+            batch = self.learner.collate([shortest]).to(self.processes.device)
+            self.learner.losses(self.learner.module(batch), batch).loss_B.sum().backward()
+        idle = any(p.grad is None for p in self.parameters.values())
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.processes.agree(idle)
 
     def _blame(self, members: list[TokenRow], sums: Tally, norm: float) -> str:
         losses = sums.losses()
         mine = [float(row.id in losses and not math.isfinite(losses[row.id])) for row in members]
         found = self.processes.total(torch.tensor(mine)).tolist()
         bad = [row.id for row, count in zip(members, found) if count] or [row.id for row in members]
+        where = f"are in {self.checkpoint}" if self.checkpoint else "are those of the model, unchanged"
         return (
             f"{self.what}: loss or gradient is not finite at step {self.done + 1} (gradient norm {norm}); "
             f"rows: {', '.join(bad[:10])}{' …' if len(bad) > 10 else ''} ({len(bad)} in all). The weights of step "
-            f"{self.done} are in the checkpoint. Look at these rows; with other parameters (a lower "
-            "learning_rate, precision fp32) training begins anew"
+            f"{self.done} {where}. Look at these rows; with other parameters (a lower learning_rate, precision fp32) "
+            "training begins anew"
         )
 
     def _save(self) -> None:
@@ -278,7 +296,9 @@ class _Run:
         if self.checkpoint is None:
             return
         settings = {name: str(value) for name, value in asdict(self.settings).items() if name not in FREE_SETTINGS}
-        self.identity = identity | {"rows": rows_digest(self.rows)} | settings
+        self.identity = {**identity, **self.learner.identity, "rows": rows_digest(self.rows), **settings}
+        if frozen := frozen_digest(self.learner.module):
+            self.identity["frozen weights"] = frozen
         notes = load(self.checkpoint, self.parameters, self.optimizer, self.identity, self.processes)
         if notes is None:
             return

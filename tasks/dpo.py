@@ -148,7 +148,7 @@ def _check_start(learner: PreferenceLearner, rows: list[TokenRow], params: Param
     learner.module.eval()
     # not inference_mode: sharded layers could not be put together again outside of it
     with torch.no_grad(), numerics(params.precision, device()):
-        for part in micro_batches(some, max_tokens=params.micro_batch_tokens):
+        for part in micro_batches(some, max_tokens=params.micro_batch_tokens, cost=learner.cost):
             batch = learner.collate(part).to(device())
             output = learner.module(batch)
             gap_BK = (batch.by_prompt(output.sum_A) - learner.reference_logps(batch)).abs()

@@ -154,7 +154,7 @@ def _logps(rows: Sequence[Row], folder: Path, params: Params) -> list[float]:
     module = LogpModel(load_causal_lm(folder).to(device())).eval()
     found: dict[str, float] = {}
     with torch.inference_mode(), numerics(params.precision, device()):
-        for part in micro_batches(rendered, max_tokens=8192):
+        for part in micro_batches(rendered, max_tokens=8192, cost=module.cost):
             sums = module(module.batch(part, 0).to(device())).sum_A.tolist()
             found |= dict(zip((row.id for row in part), sums))
     return [found[row.id] for row in rows]

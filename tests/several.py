@@ -30,7 +30,7 @@ from rankwise.store import Store
 from rankwise.training import Hooks, NonFiniteLoss, Settings, train
 
 ENGINES = ("ddp", "fsdp")
-TASKS = ("dpo", "sft", "reward", "tied", "adapters", "checkpointing", "bf16")
+TASKS = ("dpo", "sft", "reward", "tied", "adapters", "checkpointing", "bf16", "idle")
 # Micro-batches of about one row are dealt out unevenly, and in an epoch's last step one process has no row at all.
 SMALL = dataclasses.replace(SETTINGS, micro_batch_tokens=30)
 
@@ -61,7 +61,12 @@ def made(task: str) -> tuple[Learner, list, Settings]:
         model = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
         return preferences(model=model), ROWS, SMALL
     changes = {"checkpointing": {"gradient_checkpointing": True}, "bf16": {"precision": "bf16"}}.get(task, {})
-    return preferences(model=tiny("llama-tied" if task == "tied" else "llama")), ROWS, small(**changes)
+    learner = preferences(model=tiny("llama-tied" if task == "tied" else "llama"))
+    if task == "idle":  # as the vision tower of a model that is shown text only: it never gets a gradient
+        learner.module.model.tower = torch.nn.Linear(3, 3)
+        torch.nn.init.ones_(learner.module.model.tower.weight)
+        torch.nn.init.ones_(learner.module.model.tower.bias)
+    return learner, ROWS, small(**changes)
 
 
 def trained(task: str, checkpoint: Path | None = None) -> tuple[list[dict], torch.Tensor]:

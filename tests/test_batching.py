@@ -1,5 +1,6 @@
 """How rows are cut, ordered and packed changes neither loss nor gradient; every row is seen once an epoch."""
 
+import itertools
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from rankwise.batching import PROMPT, answer_grid, micro_batches, padded_rows, s
 from rankwise.learners import PreferenceLearner, PreferenceSettings
 from rankwise.objectives import length_normalised, preference_loss
 from rankwise.rendering import TokenRow
+from rankwise.rewards import RewardModel
 from rankwise.scoring import LogpModel
 from rankwise.types import UserError
 
@@ -175,8 +177,35 @@ def test_epochs_and_seeds_shuffle_differently():
 def test_micro_batches_keep_the_budget_and_every_row(shapes, budget):
     rows = [token_row(f"r{i}", prompt, (answer, answer)) for i, (prompt, answer) in enumerate(shapes)]
     parts = micro_batches(rows, max_tokens=budget)
+    # As many rows to a part as fit: one row more from the next part is too many.
+    assert all(
+        sum(row.positions for row in part) + after[0].positions > budget for part, after in itertools.pairwise(parts)
+    )
     assert sorted(row.id for part in parts for row in part) == sorted(row.id for row in rows)
     assert all(len(part) == 1 or sum(row.positions for row in part) <= budget for part in parts)
     assert [[r.id for r in p] for p in parts] == [
         [r.id for r in p] for p in micro_batches(rows[::-1], max_tokens=budget)
     ]
+
+
+LONG = [token_row(f"r{i}", 9 + i % 3, (2,) * (4 + i % 2)) for i in range(12)]  # K copies of a prompt where it is padded
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        LogpModel(tiny(), layout="flat"),
+        LogpModel(tiny(), layout="padded"),
+        LogpModel(tiny("mistral-window", sliding_window=10), layout="flat"),  # a batch pads as a whole, or not at all
+        RewardModel(tiny()),
+    ],
+    ids=["flat", "padded", "window", "reward"],
+)
+@pytest.mark.parametrize("budget", [1, 100, 250])
+def test_the_budget_counts_the_places_that_a_forward_pass_computes(module, budget):
+    parts = micro_batches(LONG, max_tokens=budget, cost=module.cost)
+    computed = [module.batch(part, 0).input_ids.numel() for part in parts]
+    assert computed == [module.cost(part) for part in parts]
+    assert all(len(part) == 1 or places <= budget for part, places in zip(parts, computed))
+    assert sorted(row.id for part in parts for row in part) == sorted(row.id for row in LONG)
+    assert budget == 1 or len(parts) < len(LONG)

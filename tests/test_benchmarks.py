@@ -1,7 +1,9 @@
 """Laws of the benchmarks: nothing is timed unless both sides do the same work, and what is told is what was seen."""
 
+import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import cli, contest, loss_head, memory, parity, reference, settings, train_step, workload
+from benchmarks import cli, contest, loss_head, memory, parity, reference, report, settings, train_step, workload
 from benchmarks.contest import Effort, Worker, WorkerFailed
 from benchmarks.settings import OurSetting, TrlSetting
 from benchmarks.workload import EOS, FIRST, MODELS, Case
@@ -81,7 +83,7 @@ def test_trl_settings_are_read_as_they_are_written(text):
     assert str(settings.trl_setting(text)) == text
 
 
-@pytest.mark.parametrize("text", ["fast", "bf16-4096-2", "fp32-lazy-2", "bf16-compile-x", ""])
+@pytest.mark.parametrize("text", ["fast", "bf16-4096-2", "fp32-lazy-2", "bf16-compile-x", "bf16-eager-0", ""])
 def test_a_setting_that_is_none_is_refused_with_an_example(text):
     with pytest.raises(UserError, match="bf16-4096"):
         settings.our_setting(text)
@@ -218,11 +220,66 @@ def test_a_mistake_is_a_message_and_status_2():
     assert told.returncode == 2 and "--vary" in told.stderr and "Traceback" not in told.stderr
 
 
-@pytest.mark.parametrize("options", [("--k", "1"), ("--task", "sft", "--vary", "k"), ("--values", "3")])
-def test_what_cannot_be_measured_is_refused_before_anything_runs(options, monkeypatch):
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--k", "1"), "--k 1"),
+        (("--task", "sft", "--vary", "k"), "--vary k"),
+        (("--values", "3"), "--values"),
+        (("--vary", "k", "--values", "4", "1"), "--values 1: a preference needs two answers"),
+        (("--device", "cuda"), "--device cuda: torch finds no CUDA device"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_runs(options, words, monkeypatch):
     monkeypatch.setattr(contest.subprocess, "Popen", lambda *_, **__: pytest.fail("a worker was started"))
-    with pytest.raises(UserError, match=options[0] if len(options) < 4 else "--vary k"):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=words):
         train_step.main(["--quick", "--device", "cpu", *options])
+
+
+@pytest.mark.parametrize("name", ["loss_head", "attention"])
+def test_a_device_that_is_not_there_is_refused_by_every_command(name, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda"):
+        importlib.import_module(f"benchmarks.{name}").main(["--quick", "--ours-only", "--device", "cuda"])
+
+
+@pytest.mark.parametrize(
+    "option, value, words",
+    [
+        ("--json", "{folder}/missing/record.json", "cannot be written"),
+        ("--json", "{folder}", "cannot be written"),
+        ("--our-setting", "foo", "'foo' is no setting"),
+        ("--trl-setting", "foo", "'foo' is no setting"),
+    ],
+)
+def test_an_option_that_cannot_be_read_is_named_once(option, value, words, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        train_step.main([option, value.format(folder=tmp_path)])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and words in said and said.count(option) == 1
+
+
+def test_the_package_says_what_can_be_asked(capsys):
+    runpy.run_module("benchmarks", run_name="__main__")
+    said = capsys.readouterr().out
+    assert all(f"python -m benchmarks.{name}" in said for name in (*COMMANDS, "attention"))
+
+
+def test_the_settings_told_are_those_that_ran():
+    """Once where all results had the same, else at each case."""
+    result = lambda trl, **changes: {
+        "case": replace(SMALL, **changes).spec(),
+        "compared": "best",
+        "settings": {"ours": "fp32-64", "trl": trl},
+    }
+    alike, fitted = [result("fp32-eager-4")] * 2, [result("fp32-eager-4"), result("fp32-eager-3", batch=3)]
+    assert report._settings(alike) == [("settings", "ours fp32-64, trl fp32-eager-4")]
+    assert [setting for _, setting in report._settings(fitted)] == [
+        "ours fp32-64, trl fp32-eager-4",
+        "ours fp32-64, trl fp32-eager-3",
+    ]
+    assert report._settings([{"case": {}}]) == []
 
 
 def test_ours_needs_neither_trl_nor_datasets():
@@ -266,7 +323,7 @@ def test_a_step_is_timed_on_both_sides(task, tmp_path):
         assert result["ratio"] == pytest.approx(result["trl"]["median"] / result["ours"]["median"])
         assert result["order"] == ["ours", "trl", "trl", "ours", "ours", "trl"]
     assert record["parity"]["loss"] <= record["parity"]["limits"]["loss"]
-    assert record["settings"] == {"ours": "fp32-4096", "trl": "fp32-eager-2"}
+    assert record["chosen"] == record["results"][0]["settings"] == {"ours": "fp32-4096", "trl": "fp32-eager-2"}
 
 
 @pytest.mark.slow
@@ -307,10 +364,24 @@ def test_errors_of_a_head_are_against_float64():
     """The exact head in float32 errs by about float32's rounding; in bf16 by about bf16's."""
     from benchmarks import heads
 
-    spec = {"tokens": 16, "vocabulary": 64, "hidden": 8, "device": "cpu", "seed": 0}
+    spec = {"tokens": 16, "vocabulary": 64, "hidden": 64, "device": "cpu", "seed": 0}
     errors = {}
     for dtype in ("fp32", "bf16"):
         given = heads.inputs({**spec, "dtype": dtype})
         errors[dtype] = heads.errors_of(heads.HEADS["ours"](), *given)
     assert errors["fp32"]["logp_error"] < 1e-5 < errors["bf16"]["logp_error"] < 0.1
     assert errors["fp32"]["weight_gradient_error"] < 1e-5 < errors["bf16"]["weight_gradient_error"] < 0.05
+
+
+def test_heads_are_tried_on_tokens_that_the_model_is_sure_of():
+    """Every second target from hardly to nearly certain, the others by chance; rounding must cancel there too."""
+    from benchmarks import heads
+
+    spec = {"tokens": 256, "vocabulary": 2_000, "hidden": 288, "device": "cpu", "seed": 0}
+    hidden_NH, weight_VH, target_N = heads.inputs({**spec, "dtype": "fp32"})
+    p_N = heads.HEADS["full"]()(hidden_NH, weight_VH, target_N).exp()
+    sure, others = p_N[heads.CONFIDENT], p_N[::2]
+    assert sure[:8].max() < 0.1 and 0.9999 < sure[-8:].median() < 1 - 1e-6 and others.median() < 0.01
+    hidden_NH, weight_VH, target_N = heads.inputs({**spec, "dtype": "bf16"})
+    logp_N = heads.HEADS["ours"]()(hidden_NH, weight_VH, target_N)
+    assert logp_N.max() <= 0

@@ -13,6 +13,9 @@ from rankwise.flops import attended_pairs, forward_flops, forward_parts, step_fl
 from rankwise.rendering import TokenRow
 from rankwise.types import UserError
 
+SIZES = {k: v for k, v in COMMON.items() if k != "head_dim"}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 99}
+
 
 def one_answer(prompt: int, answer: int) -> TokenRow:
     return TokenRow(id="one", prompt_ids=(1,) * prompt, answers_ids=((2,) * answer,))
@@ -92,8 +95,27 @@ def test_layers_with_a_window_cost_less():
     assert forward_parts(local, [row]).attention == 4 * 4 * 8 * (5 * near + everywhere)
 
 
-def test_an_architecture_that_cannot_be_counted_is_refused():
-    settings = {k: v for k, v in COMMON.items() if k != "head_dim"}
-    config = transformers.MixtralConfig(**settings, num_local_experts=4)
-    with pytest.raises(UserError, match="dense transformers only"):
-        forward_flops(config, token_rows())
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4), "dense transformers only"),
+        (
+            lambda: transformers.MambaConfig(**SMALL),
+            "dense transformers only",
+        ),
+        (
+            lambda: transformers.RwkvConfig(**SMALL),
+            "dense transformers only",
+        ),
+        (lambda: transformers.BertConfig(**SIZES), "no causal LM"),
+        (lambda: transformers.T5Config(), "no causal LM"),
+    ],
+    ids=["experts", "state space", "recurrent", "encoder", "encoder and decoder"],
+)
+def test_an_architecture_that_cannot_be_counted_is_refused(make, words):
+    with pytest.raises(UserError, match=words):
+        forward_flops(make(), token_rows())
+
+
+def test_an_encoder_configured_as_a_decoder_is_counted():
+    assert forward_flops(transformers.BertConfig(**SIZES, is_decoder=True), token_rows()) > 0

@@ -78,28 +78,56 @@ def test_logits_a_thousand_apart_stay_finite():
     assert torch.isfinite(value).all() and torch.isfinite(w.grad).all()
 
 
-@pytest.mark.parametrize("tokens, hidden, vocabulary", [(7, 16, 33), (64, 48, 257), (129, 64, 1000)])
-def test_error_in_bf16_stays_within_the_naive_one(monkeypatch, tokens, hidden, vocabulary):
-    """bf16 states, weights in float32 as they are stored; against float64, no worse than a softmax over bf16 logits."""
-    tiles(monkeypatch, 32 * vocabulary)
+def in_bf16(boost: float, tokens: int, hidden: int, vocabulary: int):
+    """bf16 states whose target's logit is raised, the weight and the targets."""
     h, w, _, target = case(tokens, hidden, vocabulary, bias=False, dtype=torch.float32, seed=3)
-    h = (h.detach() / hidden**0.5).bfloat16()
-    exact_h, exact_w = h.double().requires_grad_(), w.detach().bfloat16().double().requires_grad_()
+    w = w.detach()
+    return (h.detach() / hidden**0.5 + boost * w[target] / hidden).bfloat16(), w, target
+
+
+def errors(function, h, weight, target) -> list[float]:
+    """Relative distances from float64 on the same rounded numbers: mean over tokens, gradient of states, of weight."""
+    exact_h, exact_w = h.double().requires_grad_(), weight.detach().bfloat16().double().requires_grad_()
     exact = full(exact_h, exact_w, None, target)
     exact.sum().backward()
+    state = h.clone().requires_grad_()
+    value = function(state, weight)
+    value.float().sum().backward()
+    far = lambda a, b: float((a.double() - b).norm() / b.norm())
+    return [far(value, exact), far(state.grad, exact_h.grad), far(weight.grad, exact_w.grad)]
 
-    def errors(function, weight):
-        state = h.clone().requires_grad_()
-        value = function(state, weight)
-        value.float().sum().backward()
-        far = lambda a, b: (a.double() - b).norm() / b.norm()
-        return [far(value, exact), far(state.grad, exact_h.grad), far(weight.grad, exact_w.grad)]
 
-    chunked = errors(lambda s, weight: token_logps(s, weight, None, target), w.detach().clone().requires_grad_())
+@pytest.mark.parametrize("boost", [0, 4, 8, 12, 16])
+@pytest.mark.parametrize("tokens, hidden, vocabulary", [(7, 16, 33), (64, 48, 257), (129, 64, 1000)])
+def test_error_in_bf16_stays_within_the_naive_one(monkeypatch, tokens, hidden, vocabulary, boost):
+    """From tokens as unlikely as any (boost 0) to p near 1, where a difference of rounded logits is all rounding."""
+    tiles(monkeypatch, 32 * vocabulary)
+    h, w, target = in_bf16(boost, tokens, hidden, vocabulary)
+    ours = errors(lambda s, weight: token_logps(s, weight, None, target), h, w.clone().requires_grad_(), target)
     naive = errors(
         lambda s, weight: (s @ weight.T).log_softmax(-1).gather(1, target[:, None]).squeeze(1),
-        w.detach().bfloat16().requires_grad_(),
+        h,
+        w.bfloat16().requires_grad_(),
+        target,
     )
-    for mine, theirs in zip(chunked, naive):
+    for mine, theirs in zip(ours, naive):
         assert mine <= 1.1 * theirs
-    assert chunked[0] < 5e-3
+    if boost == 0:
+        assert ours[0] < 5e-3
+
+
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_no_log_probability_is_positive(softcap):
+    h, w, target = in_bf16(16, 64, 48, 257)
+    assert token_logps(h, w, None, target).exp().median() > 0.99
+    assert (token_logps(h, w, None, target, softcap=softcap) <= 0).all()
+
+
+def test_nothing_is_kept_where_no_gradient_is_asked_for():
+    h, w, _, target = case()
+    with torch.no_grad():
+        assert token_logps(h, w, None, target).grad_fn is None
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        token_logps(h, w, None, target)
+    assert (13, 11) in [tuple(shape) for shape in kept]

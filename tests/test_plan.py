@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from test_scoring import COMMON, tiny, token_rows
 
 from rankwise.batching import micro_batches, steps
 from rankwise.checkpoints import numerics
 from rankwise.flops import forward_parts, meta_model, step_flops
 from rankwise.plan import __main__ as plan
+from rankwise.plan import options, table
 from rankwise.plan.footprint import Shape, footprint, fresh_model
 from rankwise.plan.forecast import Work, forecast, largest_budget, largest_part, peak_memory, remedies, spent_flops
+from rankwise.plan.machine import matmul_rate
 from rankwise.rendering import TokenRow
 from rankwise.scoring import LogpModel
 
@@ -133,12 +136,24 @@ def test_an_epoch_counts_every_row_once():
 
 def test_what_is_computed_twice_costs_time_and_no_model_flops():
     """Forward, its recomputation, and two gradients a product; of frozen weights one."""
-    parts = forward_parts(shape().config, ROWS)
-    assert spent_flops(shape(), ROWS) == 3 * (parts.linear + parts.attention) + 4 * parts.head
-    again = spent_flops(shape(gradient_checkpointing=True), ROWS)
-    assert again == 4 * parts.total
-    frozen = spent_flops(shape(lora_rank=4), ROWS)
-    assert frozen == 2 * parts.linear + 3 * parts.attention + 3 * parts.head
+    parts, work = forward_parts(shape().config, ROWS), Work(rows=ROWS)
+    assert spent_flops(shape(), work) == 3 * parts.total == step_flops(shape().config, ROWS)
+    again = spent_flops(shape(gradient_checkpointing=True), work)
+    assert again == 4 * (parts.linear + parts.attention) + 3 * parts.head
+    frozen = spent_flops(shape(lora_rank=4), work)
+    assert frozen == 2 * parts.linear + 3 * parts.attention + 2 * parts.head
+
+
+def test_the_head_runs_twice_where_a_micro_batch_has_more_logits_than_are_kept(monkeypatch):
+    """One row alone has too many: its share of the head's products is done once more."""
+    config, work = shape().config, Work(rows=ROWS, batch_size=1)
+    tokens = [sum(map(len, row.answers_ids)) for row in ROWS]
+    monkeypatch.setattr("rankwise.plan.forecast.KEPT_LOGITS", (max(tokens) - 1) * config.vocab_size)
+    longest = sum(n for n in tokens if n == max(tokens))
+    again = 2 * longest * config.vocab_size * config.hidden_size
+    assert spent_flops(shape(), work) == step_flops(config, ROWS) + again
+    monkeypatch.setattr("rankwise.plan.forecast.KEPT_LOGITS", max(tokens) * config.vocab_size)
+    assert spent_flops(shape(), work) == step_flops(config, ROWS)
 
 
 def test_memory_is_that_of_the_largest_micro_batch():
@@ -193,7 +208,7 @@ GIVEN = ("--device-memory", "64", "--tflops", "0.1", "--rows", "20", "--prompt-t
 
 def test_a_config_is_enough(folder, capsys):
     out = told(capsys, folder, *GIVEN, "--k", 3)
-    assert out["fits"] and out["largest_micro_batch_tokens"] == 16 * (20 + 3 * 7)
+    assert out["fits"] and out["whole_step_positions"] == out["largest_micro_batch_tokens"] == 16 * (20 + 3 * 7)
     assert out["forecast"]["positions"] == 20 * (20 + 3 * 7) and out["forecast"]["steps"] == 2
     assert out["forecast"]["memory"]["parameters"] == sum(p.numel() for p in tiny().parameters())
 
@@ -204,6 +219,12 @@ def test_the_table_says_what_it_would_take(capsys):
     assert plan.main(["qwen-0.5b", *options]) == 0
     words = " ".join(capsys.readouterr().out.split())
     assert "494,032,768 weights" in words and "It does not fit. It would with" in words and "FSDP2 over" in words
+
+
+@pytest.mark.parametrize("largest, words", [(900, "micro_batch_tokens that does: 900"), (1000, "whole step")])
+def test_a_whole_step_that_fits_is_called_so(largest, words):
+    """There is no largest budget then: whatever is asked for fits."""
+    assert words in table._verdict({"fits": True, "largest_micro_batch_tokens": largest, "whole_step_positions": 1000})
 
 
 def test_real_rows_are_read_with_their_tokenizer(capsys, tmp_path):
@@ -249,12 +270,41 @@ def test_a_mistake_is_told_in_a_line(arguments, words, capsys, tmp_path, monkeyp
     assert said.err.startswith("error: ") and words in said.err and "Traceback" not in said.err and not said.out
 
 
-def test_an_architecture_that_cannot_be_counted_is_told(capsys, tmp_path):
-    from transformers import MixtralConfig
-
-    MixtralConfig(**{k: v for k, v in COMMON.items() if k != "head_dim"}, num_local_experts=4).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    "name, words", [("Mixtral", "dense transformers only"), ("Mamba", "dense transformers only"), ("Bert", "causal LM")]
+)
+def test_an_architecture_that_cannot_be_planned_is_told(name, words, capsys, tmp_path):
+    made = getattr(transformers, f"{name}Config")(**{k: v for k, v in COMMON.items() if k != "head_dim"})
+    made.save_pretrained(tmp_path)
     assert plan.main([str(tmp_path), *GIVEN]) == 2
-    assert "dense transformers only" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option, value, words",
+    [
+        ("--rows", "abc", "a whole number of at least 1 is expected, found abc"),
+        ("--rows", "0", "a whole number of at least 1 is expected, found 0"),
+        ("--lora-rank", "-3", "a whole number of at least 0 is expected, found -3"),
+        ("--tflops", "fast", "a number above 0 is expected, found fast"),
+        ("--device-memory", "inf", "a number above 0 is expected, found inf"),
+        ("--efficiency", "1.5", "a share of a rate is at most 1, found 1.5"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_with_what_is_expected(option, value, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        options.parser().parse_args(["llama-15m", option, value])
+    assert stop.value.code == 2 and f"argument {option}: {words}" in capsys.readouterr().err
+
+
+def test_help_says_shares_in_words():
+    said = " ".join(options.parser().format_help().split())
+    assert "0.5 on a CPU, 0.4 on a GPU" in said and "{'" not in said
+
+
+@pytest.mark.parametrize("precision", ["fp32", "medium", "bf16"])
+def test_a_matmul_rate_is_found_in_every_precision(precision):
+    assert matmul_rate(precision, torch.device("cpu"), side=64) > 0
 
 
 def test_help_needs_no_torch():

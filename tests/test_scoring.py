@@ -4,13 +4,14 @@
 """
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from rankwise.batching import flat_rows, padded_rows, shared_rows
+from rankwise.batching import flat_rows, micro_batches, padded_rows, shared_rows
 from rankwise.objectives import plackett_luce
 from rankwise.rendering import TokenRow
 from rankwise.scoring import LogpModel
@@ -170,6 +171,70 @@ def test_a_model_that_cannot_share_pads_says_so_and_is_right(name, caplog):
     batch = module.batch(token_rows(), 0)
     assert not batch.is_tree
     same(model, token_rows(), batch)
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("JambaConfig", {}),
+        ("Lfm2Config", {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}),
+    ],
+)
+def test_a_model_that_mixes_neighbours_is_found_before_it_is_trained(kind, settings):
+    """With small fresh weights the leak from answer to answer is below any tolerance on sums, and grows later."""
+    common = {**{k: v for k, v in COMMON.items() if k != "head_dim"}, "initializer_range": 0.02}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**common, **settings})).eval()
+    assert LogpModel(model).layout == "padded"
+
+
+def scaled(kind: str) -> transformers.PreTrainedModel:
+    """A Llama whose rotary table changes beyond 16 positions."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 8.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**COMMON, "max_position_embeddings": 16, "rope_parameters": rope})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_rotary_table_is_that_of_the_row_whoever_shares_its_batch():
+    """Long and short rows go apart, and each row's numbers are those of a batch of its own."""
+    module = LogpModel(scaled("longrope"))
+    rows = token_rows(longest=4, prompt=4) + [replace(r, id=f"long-{r.id}") for r in token_rows(longest=20, prompt=10)]
+    assert len({row.longest_path > 16 for row in rows}) == 2
+    with pytest.raises(UserError, match="both sides of 16 positions"):
+        module.batch(rows, 0)
+    own = {row.id: module(module.batch([row], 0)).sum_A for row in rows}
+    parts = micro_batches(rows, max_tokens=10_000, cost=module.cost)
+    assert 1 < len(parts) < len(rows)
+    for part in parts:
+        together = module(module.batch(part, 0)).sum_A
+        torch.testing.assert_close(together, torch.cat([own[row.id] for row in part]), rtol=0, atol=2e-5)
+
+
+def test_a_rotary_table_that_remembers_is_refused():
+    module = LogpModel(scaled("dynamic"))
+    assert module.batch(token_rows(longest=4, prompt=4), 0)
+    long = max(token_rows(longest=20, prompt=10), key=lambda row: row.longest_path)
+    with pytest.raises(UserError, match=f"longer than 16 positions: {long.id}"):
+        module.batch([long], 0)
+
+
+def test_another_attention_after_the_choice_is_told():
+    model = tiny()
+    module = LogpModel(model)
+    batch = module.batch(token_rows(), 0)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(UserError, match="make a new LogpModel"):
+        module(batch)
+
+
+def test_an_answer_without_a_token_is_named():
+    row = TokenRow(id="row-7", prompt_ids=(1, 2), answers_ids=((), (4, 5)), ranks=(0, 1))
+    for layout in (flat_rows, shared_rows, padded_rows):
+        with pytest.raises(UserError, match="row-7"):
+            layout([row], 0)
 
 
 def test_asking_leaves_the_mode_of_the_model_alone():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_scoring import alone, tiny, token_rows
 
+from rankwise.batching import Batch
 from rankwise.checkpoints import load_state
 from rankwise.learners import PreferenceLearner, PreferenceSettings, RewardLearner, SftLearner
 from rankwise.objectives import plackett_luce
@@ -28,7 +29,7 @@ def preferences(rows=ROWS, model=None, **settings) -> PreferenceLearner:
     """A learner whose reference is its own start."""
     module = LogpModel(model or tiny(), layout="shared")
     references = {row.id: [x.item() for x in alone(module.model, [row])] for row in rows}
-    return PreferenceLearner(module, 0, references, PreferenceSettings(beta=0.5, **settings))
+    return PreferenceLearner(module, 0, references, PreferenceSettings(**{"beta": 0.5, **settings}))
 
 
 def run(learner, rows=ROWS, settings=SETTINGS, checkpoint=None, **changes) -> tuple[list[dict], torch.Tensor]:
@@ -301,6 +302,45 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(identity, rows, changes,
     assert str(path) in str(told.value) and "delete the file to begin anew" in str(told.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"beta": 0.1}, "beta: it says 0.5, this run has 0.1"), ({"loss": "ipo"}, "loss: it says plackett_luce")],
+)
+def test_the_learner_says_itself_what_its_loss_depends_on(settings, said, tmp_path):
+    path = tmp_path / "c.safetensors"
+    run(preferences(), checkpoint=path)
+    with pytest.raises(UserError, match=f"of another {said}"):
+        run(preferences(**settings), checkpoint=path)
+
+
+def test_adapters_are_not_continued_on_another_base(tmp_path):
+    """No checkpoint holds the frozen base, so the digest of it does; the same base is continued on."""
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(seed: int) -> PreferenceLearner:
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+        return preferences(model=get_peft_model(tiny(seed=seed), config))
+
+    path = tmp_path / "c.safetensors"
+    run(adapted(0), checkpoint=path)
+    assert run(adapted(0), checkpoint=path)[0] == []
+    with pytest.raises(UserError, match="of another frozen weights: it says"):
+        run(adapted(1), checkpoint=path)
+
+
+def test_padding_is_counted_before_the_batch_travels(monkeypatch):
+    """On a GPU the count would wait for all that is queued there, at every micro-batch."""
+
+    class Far(Batch):
+        @property
+        def padding_fraction(self) -> float:
+            raise AssertionError("counted on the device")
+
+    monkeypatch.setattr(Batch, "to", lambda batch, where: Far(**vars(batch)))
+    assert 0 < run(preferences(), epochs=1)[0][0]["padding_fraction"] < 1
+
+
 def test_a_run_that_was_too_large_continues_with_smaller_micro_batches(tmp_path):
     path = tmp_path / "c.safetensors"
     settings = dataclasses.replace(SETTINGS, checkpoint_every_s=0.0)
@@ -344,5 +384,5 @@ def test_a_bad_loss_names_its_rows_and_leaves_the_weights():
     with pytest.raises(NonFiniteLoss) as told:
         run(learner, batch_size=7)
     assert "row-03" in str(told.value) and "row-05" in str(told.value) and "row-01" not in str(told.value)
-    assert "(2 in all)" in str(told.value)
+    assert "(2 in all)" in str(told.value) and "those of the model, unchanged" in str(told.value)
     assert torch.equal(weights(learner), before)

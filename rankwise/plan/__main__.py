@@ -5,7 +5,8 @@ folder with a config.json (no weights are read), a hub id, or one of the presets
 random weights and prints what was predicted beside what was measured.
 
 Example:
-    python -m rankwise.plan llama-8b --precision bf16 --processes 8 --sharding fsdp --device-memory 80 --tflops 400
+    python -m rankwise.plan llama-8b --precision bf16 --processes 8 --sharding fsdp \\
+        --device cuda --device-memory 80 --tflops 400
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from rankwise.plan.options import EFFICIENCY, parser
+from rankwise.plan.presets import PRESETS
 from rankwise.runtime import keep_freed_memory, yield_when_waiting
 from rankwise.types import UserError
 
@@ -28,27 +31,15 @@ if TYPE_CHECKING:
     from rankwise.plan.forecast import Forecast, Work
     from rankwise.rendering import TokenRow
 
-# Share of the measured matmul rate that a training step is assumed to reach; --measure prints the true one.
-EFFICIENCY = {"cpu": 0.5, "cuda": 0.4}
 # Share of a device's memory left free: what allocators lose between blocks, and products take as scratch; on a CPU
 # some tenths of a GiB (docs/planning.md).
 HEADROOM = {"cpu": 0.3, "cuda": 0.1}
 GIB = 2**30
 
-_LLAMA = {"model_type": "llama", "max_position_embeddings": 8192}
-_QWEN = {"model_type": "qwen2", "max_position_embeddings": 32768, "tie_word_embeddings": True, "vocab_size": 151936}
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-PRESETS: dict[str, dict[str, Any]] = {
-    "llama-15m": {**_LLAMA, **dict(zip(_SIZES, (288, 768, 6, 6, 6))), "vocab_size": 32000, "tie_word_embeddings": True},
-    "qwen-0.5b": {**_QWEN, **dict(zip(_SIZES, (896, 4864, 24, 14, 2)))},
-    "qwen-1.5b": {**_QWEN, **dict(zip(_SIZES, (1536, 8960, 28, 12, 2)))},
-    "llama-8b": {**_LLAMA, **dict(zip(_SIZES, (4096, 14336, 32, 32, 8))), "vocab_size": 128256},
-}
-
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status: 0, or 2 for a mistake of the user's."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     keep_freed_memory()
     yield_when_waiting()
     try:
@@ -69,7 +60,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
     """All that is to be told, as JSON-able values."""
     from rankwise.checkpoints import device
     from rankwise.plan.footprint import Shape
-    from rankwise.plan.forecast import Work, forecast, largest_budget, remedies
+    from rankwise.plan.forecast import Work, forecast, largest_budget, remedies, whole_step
     from rankwise.plan.machine import process_memory
 
     here = device()
@@ -100,6 +91,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
         "efficiency": efficiency,
         "forecast": {**asdict(predicted), "total_bytes": predicted.total_bytes},
         "fits": fits,
+        "whole_step_positions": whole_step(work),
         "largest_micro_batch_tokens": largest_budget(shape, work, room) if fits else None,
         "remedies": [] if fits else [asdict(remedy) for remedy in remedies(shape, work, room)],
         "measured": _measured(shape, work, predict, rate) if options.measure else None,
@@ -186,53 +178,6 @@ def _measured(shape: Shape, work: Work, predict: Callable[[Work], Forecast], rat
         "measured_seconds_per_step": seen.seconds / predicted.steps,
         "measured_efficiency": predicted.spent_flops / seen.seconds / rate,
     }
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m rankwise.plan",
-        description="Predict memory and time of preference training before it is launched.",
-        epilog="Units: positions and rows are counts, GiB = 2^30 bytes, TFLOP/s = 10^12 FLOP a second.",
-    )
-    add = parser.add_argument
-    add("model", help=f"folder with config.json, hub id, or one of {', '.join(PRESETS)}; no weights are read")
-    rows = parser.add_argument_group("rows: a table, or as many of one shape")
-    rows.add_argument("--preferences", metavar="FILE", help="a table of ranked rows (Parquet)")
-    rows.add_argument("--tokenizer", metavar="FOLDER", help="the tokenizer of --preferences; MODEL's own if left out")
-    rows.add_argument("--rows", type=_count, default=1000, metavar="N", help="prompts an epoch (%(default)s)")
-    rows.add_argument("--k", type=_count, default=2, metavar="K", help="answers a prompt (%(default)s)")
-    rows.add_argument("--prompt-tokens", type=_count, default=128, metavar="N", help="of a prompt (%(default)s)")
-    rows.add_argument("--answer-tokens", type=_count, default=96, metavar="N", help="of an answer (%(default)s)")
-    how = parser.add_argument_group("training, named as in params.yaml")
-    how.add_argument("--precision", choices=("fp32", "medium", "bf16"), default="fp32", help="numerics (%(default)s)")
-    how.add_argument("--batch-size", type=_count, default=16, metavar="N", help="rows a step (%(default)s)")
-    how.add_argument("--micro-batch-tokens", type=_count, default=2048, metavar="N", help="positions (%(default)s)")
-    how.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice")
-    how.add_argument("--lora-rank", type=int, default=0, metavar="R", help="adapters of this rank; 0 trains all")
-    where = parser.add_argument_group("machine: as found here, or as given")
-    where.add_argument("--processes", type=_count, default=1, metavar="N", help="of one launch (%(default)s)")
-    where.add_argument(
-        "--sharding", choices=("ddp", "fsdp"), default="ddp", help="a copy each, or a share (%(default)s)"
-    )
-    where.add_argument("--device", choices=("cpu", "cuda"), help="kind of device to plan for")
-    where.add_argument("--device-memory", type=_amount, metavar="GIB", help="memory of a process's device")
-    where.add_argument("--tflops", type=_amount, metavar="RATE", help="TFLOP/s of matrix products of one process")
-    where.add_argument("--efficiency", type=_amount, metavar="SHARE", help=f"of that rate reached ({EFFICIENCY})")
-    add("--measure", action="store_true", help="run a few real steps on random weights and compare")
-    add("--json", action="store_true", help="print everything as JSON")
-    return parser
-
-
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"at least 1 is expected, found {value}")
-    return value
-
-
-def _amount(text: str) -> float:
-    if not (value := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"a number above 0 is expected, found {text}")
-    return value
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from rankwise.batching import micro_batches, steps
 from rankwise.flops import BACKWARD, forward_parts, step_flops
+from rankwise.logprobs import KEPT_LOGITS
 from rankwise.plan.footprint import Footprint, Shape, footprint
 from rankwise.rendering import TokenRow
 
@@ -61,7 +63,7 @@ def forecast(shape: Shape, work: Work, *, flops_per_second: float, process_bytes
 
     Raises UserError for rows without a prompt and for architectures whose FLOPs cannot be counted.
     """
-    spent = spent_flops(shape, work.rows)
+    spent = spent_flops(shape, work)
     return Forecast(
         memory=peak_memory(shape, work),
         process_bytes=process_bytes,
@@ -73,16 +75,28 @@ def forecast(shape: Shape, work: Work, *, flops_per_second: float, process_bytes
     )
 
 
-def spent_flops(shape: Shape, rows: Sequence[TokenRow]) -> int:
-    """FLOPs that a step really does: checkpointed layers run forward twice, the head's chunks always do.
+def spent_flops(shape: Shape, work: Work) -> int:
+    """FLOPs that an epoch really does: checkpointed layers run forward twice, and the head where it keeps no logits.
 
     Frozen weights need no gradient of their own, which is half of a linear layer's backward pass; the adapters' own
     products, thousandths of it, are left out.
     """
-    parts = forward_parts(shape.config, rows)
+    parts = forward_parts(shape.config, work.rows)
     body = 2 if shape.gradient_checkpointing else 1
     weights = 1 if shape.lora_rank else BACKWARD
-    return parts.linear * (body + weights) + parts.attention * (body + BACKWARD) + parts.head * (2 + weights)
+    head = parts.head * (1 + weights) + round(parts.head * _share_projected_again(shape, work))
+    return parts.linear * (body + weights) + parts.attention * (body + BACKWARD) + head
+
+
+def _share_projected_again(shape: Shape, work: Work) -> Fraction:
+    """Share of the answer tokens whose micro-batch has more logits than rankwise.logprobs keeps."""
+    answers = [_answer_tokens(part) for parts in _cuts(work) for part in parts]
+    vocabulary = shape.config.get_text_config().vocab_size
+    return Fraction(sum(n for n in answers if n * vocabulary > KEPT_LOGITS), max(1, sum(answers)))
+
+
+def _answer_tokens(part: list[TokenRow]) -> int:
+    return sum(len(answer) for row in part for answer in row.answers_ids)
 
 
 def peak_memory(shape: Shape, work: Work) -> Footprint:
@@ -107,14 +121,18 @@ def _positions(part: list[TokenRow]) -> tuple[int, int]:
     return sum(row.positions for row in part), max(row.positions for row in part)
 
 
+def whole_step(work: Work) -> int:
+    """Positions of the largest optimizer step: micro_batch_tokens from there on cut nothing."""
+    return _positions(largest_part(replace(work, micro_batch_tokens=2**62))[0])[0]
+
+
 def largest_budget(shape: Shape, work: Work, limit: int) -> int | None:
     """The largest micro_batch_tokens whose peak is at most limit bytes; None where a single row is too large.
 
     A dozen traces, of a second or two each for a model of some billion weights.
     """
     fits = lambda budget: peak_memory(shape, replace(work, micro_batch_tokens=budget)).peak <= limit
-    whole = largest_part(replace(work, micro_batch_tokens=2**62))[0]
-    low, high = max(row.positions for row in work.rows), _positions(whole)[0]
+    low, high = max(row.positions for row in work.rows), whole_step(work)
     if not fits(low):
         return None
     if fits(high):

@@ -10,23 +10,30 @@ from pathlib import Path
 import torch
 
 from rankwise.checkpoints import Precision, numerics
+from rankwise.plan import peak
 
 # CUDA's context and libraries: assumed. On the CPU it is what this process holds with the libraries imported.
 CUDA_PROCESS_BYTES = 2**30
+SIDE = {"cpu": 1536, "cuda": 8192}
+PRODUCTS = 8
 
 
-def matmul_rate(precision: Precision, where: torch.device, *, seconds: float = 1.0) -> float:
-    """FLOP/s of square matrix products on a device in a precision, the best of as many as fit into seconds."""
-    side = 8192 if where.type == "cuda" else 1536
-    a, b = torch.rand(2, side, side, device=where)
-    best, began = math.inf, time.monotonic()
+def matmul_rate(precision: Precision, where: torch.device, *, side: int | None = None) -> float:
+    """FLOP/s of square matrix products on a device in a precision, the best of several.
+
+    side: of the squares; by default one that a machine of the kind needs to show its rate.
+    """
+    side = side or SIDE[where.type]
+    # In the dtype itself: autocast would be timed with what it takes to convert.
+    a, b = torch.randn(2, side, side, device=where).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    best = math.inf
     with numerics(precision, where), torch.no_grad():
-        while time.monotonic() - began < seconds or best == math.inf:
-            start = time.monotonic()
+        for _ in range(PRODUCTS):
+            start = time.perf_counter()
             a @ b
             if where.type == "cuda":
                 torch.cuda.synchronize(where)
-            best = min(best, time.monotonic() - start)
+            best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best
 
 
@@ -42,11 +49,4 @@ def machine_memory(where: torch.device) -> int:
 
 def process_memory(kind: str) -> int:
     """Bytes that a process holds on a kind of device before it has a model."""
-    return CUDA_PROCESS_BYTES if kind == "cuda" else status_bytes("VmRSS")
-
-
-def status_bytes(name: str) -> int:
-    """A line of this process's memory in /proc, bytes; 0 where the system has no such file."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
+    return CUDA_PROCESS_BYTES if kind == "cuda" else peak.now(kind)

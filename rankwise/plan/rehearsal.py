@@ -6,15 +6,14 @@ import contextlib
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from rankwise.checkpoints import device
 from rankwise.learners import PreferenceLearner, PreferenceSettings
+from rankwise.plan import peak
 from rankwise.plan.footprint import Shape, fresh_model
 from rankwise.plan.forecast import Work
-from rankwise.plan.machine import status_bytes
 from rankwise.scoring import LogpModel
 from rankwise.training import Hooks, Settings, train
 
@@ -35,8 +34,8 @@ def rehearse(shape: Shape, work: Work) -> Rehearsal:
     Raises UserError as training does.
     """
     where = device()
-    _forget_peak(where)
-    before = status_bytes("VmRSS")
+    peak.reset(where.type)
+    before = peak.now(where.type)
     torch.manual_seed(work.seed)
     module = LogpModel(fresh_model(shape).to(where))
     references = {row.id: [0.0] * len(row.answers_ids) for row in work.rows}
@@ -54,19 +53,11 @@ def rehearse(shape: Shape, work: Work) -> Rehearsal:
     hooks = Hooks(on_step=lambda record: times.append(_now(where)))
     with contextlib.redirect_stdout(sys.stderr):
         total = train(learner, work.rows, settings, what="rehearsal", hooks=hooks)
-    peak = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else status_bytes("VmHWM") - before
-    return Rehearsal(seconds=times[-1] - times[total // 2 - 1], peak_bytes=peak)
+    seconds = times[-1] - times[total // 2 - 1]
+    return Rehearsal(seconds=seconds, peak_bytes=peak.highest(where.type) - before)
 
 
 def _now(where: torch.device) -> float:
     if where.type == "cuda":
         torch.cuda.synchronize(where)
     return time.monotonic()
-
-
-def _forget_peak(where: torch.device) -> None:
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)
-        return
-    with contextlib.suppress(OSError):  # a kernel that has no such file, or a sandbox that forbids it
-        Path("/proc/self/clear_refs").write_text("5")

@@ -65,6 +65,8 @@ def _time(plan: dict[str, Any], forecast: dict[str, Any]) -> Table:
 
 
 def _verdict(plan: dict[str, Any]) -> str:
+    if plan["fits"] and plan["largest_micro_batch_tokens"] >= plan["whole_step_positions"]:
+        return f"It fits, and so would a whole step at once (micro_batch_tokens {plan['whole_step_positions']})."
     if plan["fits"]:
         return f"It fits. The largest micro_batch_tokens that does: {plan['largest_micro_batch_tokens']}."
     if not plan["remedies"]:
