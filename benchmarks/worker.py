@@ -10,13 +10,13 @@ import sys
 import tempfile
 from typing import Any
 
-from rankwise.runtime import keep_freed_memory, yield_when_waiting
+from rankwise.runtime import keep_freed_memory, spin_briefly
 
 
 def main(spec: dict[str, Any]) -> None:
     # What a stage of the pipeline sets for itself, for both sides; before torch is imported.
     keep_freed_memory()
-    yield_when_waiting()
+    spin_briefly()
     from benchmarks import jobs
     from benchmarks.channel import Channel, Stop
 

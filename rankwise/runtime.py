@@ -21,10 +21,12 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def yield_when_waiting() -> None:
-    """Let idle OpenMP threads sleep instead of spin; to be called before torch is imported.
+def spin_briefly() -> None:
+    """Let idle threads of GNU OpenMP spin for microseconds, then sleep; to be called before torch is imported.
 
-    A spinning thread takes the core that its own partner needs as soon as anything else runs on the machine: training
-    on 2 busy cores then slows 1.5 times more than it has to (NOTEBOOK.md). An OMP_WAIT_POLICY of the user's wins.
+    A training step is a thousand short parallel parts. A thread that sleeps at once has to be woken for each; one that
+    spins on takes the core that its own partner needs as soon as anything else runs on the machine. Both are slower
+    (NOTEBOOK.md). A GOMP_SPINCOUNT or OMP_WAIT_POLICY of the user's wins.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")

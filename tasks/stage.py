@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.rows import write_aside, write_json
-from rankwise.runtime import keep_freed_memory, yield_when_waiting
+from rankwise.runtime import keep_freed_memory, spin_briefly
 from rankwise.types import UserError
 from tasks import params as params_module
 from tasks import tracking
@@ -154,7 +154,7 @@ def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any
     _leave_with_parent()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     keep_freed_memory()
-    yield_when_waiting()
+    spin_briefly()
     signal.signal(signal.SIGTERM, _stop)
     try:
         params = params_module.load(arguments.params, name, params_type)

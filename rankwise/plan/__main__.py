@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.plan.options import EFFICIENCY, parser
 from rankwise.plan.presets import PRESETS
-from rankwise.runtime import keep_freed_memory, yield_when_waiting
+from rankwise.runtime import keep_freed_memory, spin_briefly
 from rankwise.types import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status: 0, or 2 for a mistake of the user's."""
     options = parser().parse_args(arguments)
     keep_freed_memory()
-    yield_when_waiting()
+    spin_briefly()
     try:
         plan = _plan(options)
     except UserError as error:
