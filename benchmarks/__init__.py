@@ -3,10 +3,11 @@
 python -m benchmarks.train_step   how fast is an optimizer step (DPO, SFT), and what share of the machine does it use
 python -m benchmarks.reference    how fast are the reference's log-probabilities, and what does a second pass recompute
 python -m benchmarks.memory       how much memory does a step need
+python -m benchmarks.rollouts     how fast are sampled answers, by each engine, against transformers' generate()
 python -m benchmarks.loss_head    what does the vocabulary head alone cost, in time, memory and error
 python -m benchmarks.attention    what does attention within prompt trees cost on a CPU
 
-Each runs ours and TRL's best setting alternately, in one go, on the same model and data, and refuses to time two
+Each runs ours and its peers' best settings alternately, in one go, on the same model and data, and refuses to time two
 programs that do not compute the same thing. Every side works in a process of its own (benchmarks.worker), so that
 neither sees the other's global settings, compiled code or memory. Nothing imports this package.
 """

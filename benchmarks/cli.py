@@ -53,12 +53,11 @@ class Chosen:
         return {"ours": str(self.ours), "trl": self.trl and str(self.trl)}
 
 
-def parser(module: str, description: str, *, epilog: str = "") -> argparse.ArgumentParser:
+def parser(module: str, description: str) -> argparse.ArgumentParser:
     """The options of every benchmark."""
     made = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{module}",
         description=description,
-        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument(
@@ -70,7 +69,6 @@ def parser(module: str, description: str, *, epilog: str = "") -> argparse.Argum
         help="the record as JSON: to stdout, or to FILE",
     )
     made.add_argument("--quick", action="store_true", help="a tiny model, fixed settings: to see that it runs")
-    made.add_argument("--ours-only", action="store_true", help="leave TRL out, as where it is not installed")
     made.add_argument("--rounds", type=count, help="steps of each side that count (9; 3 with --quick)")
     made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     made.add_argument("--seed", type=int, default=0, help="of weights and data (0)")
@@ -78,22 +76,33 @@ def parser(module: str, description: str, *, epilog: str = "") -> argparse.Argum
 
 
 def add_case_options(made: argparse.ArgumentParser) -> None:
-    """Model, data and settings of the benchmarks that train or score a model."""
+    """Model and data of the benchmarks that run one, and how long they do."""
+    made.add_argument("--exclusive", action="store_true", help="one side in memory at a time, for models that fill it")
+    made.add_argument("--budget", type=float, default=300.0, metavar="S", help="no new round after S seconds (300)")
     shape = made.add_argument_group("what is computed")
     shape.add_argument("--model", choices=MODELS, help="a Llama of this size with random weights (15m; 0.5b on cuda)")
-    shape.add_argument("--batch", type=count, help="prompts an optimizer step (16)")
+    shape.add_argument("--batch", type=count, help="prompts: of an optimizer step (16), a table or a pass (64)")
     shape.add_argument("--prompt", type=count, help="median tokens of a prompt, lognormal (128)")
-    shape.add_argument("--answer", type=count, help="median tokens of an answer, lognormal (96)")
+    shape.add_argument("--answer", type=count, help="median tokens of an answer, lognormal; of rollouts the mean (96)")
     shape.add_argument("--vocabulary", type=count, help="tokens (the model's own)")
     shape.add_argument("--weights", choices=("fp32", "bf16"), help="dtype of the parameters (fp32)", default="fp32")
-    shape.add_argument("--checkpointing", action="store_true", help="activation checkpointing, on both sides")
     shape.add_argument("--vary", choices=GROWTH, help="a growth series: this one changes, the others stay")
     shape.add_argument("--values", type=count, nargs="+", metavar="N", help=f"values of --vary ({_growth()})")
-    how = made.add_argument_group("how")
+
+
+def add_trl_options(made: argparse.ArgumentParser) -> None:
+    """Whether TRL takes part."""
+    made.add_argument("--ours-only", action="store_true", help="leave TRL out, as where it is not installed")
+
+
+def add_trainer_options(made: argparse.ArgumentParser) -> None:
+    """Settings of the benchmarks that train a model, or score with it, as TRL does."""
+    add_case_options(made)
+    add_trl_options(made)
+    how = made.add_argument_group("settings")
+    how.add_argument("--checkpointing", action="store_true", help="activation checkpointing, on both sides")
     how.add_argument("--our-setting", type=our_setting, metavar="S", help="as bf16-4096; default: tried out")
     how.add_argument("--trl-setting", type=trl_setting, metavar="S", help="as bf16-eager-8; default: tried out")
-    how.add_argument("--exclusive", action="store_true", help="one side in memory at a time, for models that fill it")
-    how.add_argument("--budget", type=float, default=300.0, metavar="S", help="no new round after S seconds (300)")
 
 
 def case_of(options: argparse.Namespace, *, task: str = "dpo", k: int = 2) -> Case:
@@ -111,7 +120,7 @@ def case_of(options: argparse.Namespace, *, task: str = "dpo", k: int = 2) -> Ca
         seed=options.seed,
         device=options.device,
         weights=options.weights,
-        checkpointing=options.checkpointing,
+        checkpointing=getattr(options, "checkpointing", False),
         **tokens,
     )
     for field in ("batch", "prompt", "answer", "vocabulary"):
@@ -143,7 +152,13 @@ def record(
 def told(options: argparse.Namespace) -> dict[str, Any]:
     """The options for the record, so that it can be made again; without the place that it is written to."""
     given = {name: value for name, value in vars(options).items() if name != "json" and value is not None}
-    return {name: str(value) if isinstance(value, OurSetting | TrlSetting) else value for name, value in given.items()}
+    return {name: _told(value) for name, value in given.items()}
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: str(setting) for name, setting in value.items()}
+    return str(value) if isinstance(value, OurSetting | TrlSetting) else value
 
 
 def series(options: argparse.Namespace, case: Case) -> list[Case]:
@@ -155,7 +170,7 @@ def series(options: argparse.Namespace, case: Case) -> list[Case]:
     if options.vary == "k" and case.task == "sft":
         raise UserError("--vary k: an SFT row has one answer; vary prompt, answer, vocabulary or batch")
     values = options.values or GROWTH[options.vary]
-    if options.vary == "k" and min(values) < 2:
+    if options.vary == "k" and case.task == "dpo" and min(values) < 2:
         raise UserError(f"--vary k --values {min(values)}: a preference needs two answers at least; give 2 or more")
     return [case.with_value(options.vary, value) for value in values]
 

@@ -28,6 +28,11 @@ class OutOfMemory(Exception):
 class WorkerFailed(RuntimeError):
     """A side's process broke off."""
 
+    @property
+    def reason(self) -> str:
+        """The last line that it wrote, as a rule the exception."""
+        return str(self).rstrip().rpartition("\n")[2]
+
 
 class Worker:
     """A side at work. Used with `with`, so that no process stays behind.
@@ -41,8 +46,9 @@ class Worker:
         theirs_in, ours_out = os.pipe()
         # No network, no bars, and no thread pool of tokenizers beside the threads that are measured.
         quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        # One GPU: a trainer that sees more would spread over them by itself.
-        quiet["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        # One GPU: a trainer that sees more would spread over them by itself. None where the CPU is measured.
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        quiet["CUDA_VISIBLE_DEVICES"] = "" if spec.get("case", spec).get("device") == "cpu" else gpus
         spec |= {"inwards": theirs_in, "outwards": theirs_out}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", json.dumps(spec)],
@@ -115,8 +121,8 @@ class Samples:
 
     @property
     def above_baseline(self) -> list[float]:
-        """Bytes in use at most, less what was in use before the work began."""
-        return [reply["peak"] - reply["baseline"] for reply in self.replies]
+        """Bytes in use at most, less what was in use before the work began; without those that are not known."""
+        return [reply["peak"] - reply["baseline"] for reply in self.replies if reply["peak"] is not None]
 
     @property
     def last(self) -> dict[str, Any]:

@@ -103,6 +103,26 @@ def attention(spec: Spec, channel: Channel, folder: str) -> None:
     attentions.run(spec, channel)
 
 
+def folder(spec: Spec, channel: Channel, folder: str) -> None:
+    """The case's model, written for rollouts."""
+    from benchmarks import models
+
+    models.save(Case.of(spec["case"]), spec["folder"])
+    channel.say()
+
+
+def _sampling(name: str) -> Callable[[Spec, Channel, str], None]:
+    def job(spec: Spec, channel: Channel, folder: str) -> None:
+        from benchmarks import samplers
+
+        try:
+            getattr(samplers, name)(spec, channel)
+        except torch.OutOfMemoryError:
+            channel.say(out_of_memory=True)
+
+    return job
+
+
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -123,4 +143,7 @@ JOBS: dict[str, Callable[[Spec, Channel, str], None]] = {
     "facts": facts,
     "head": head,
     "attention": attention,
+    "folder": folder,
+    "rollouts": _sampling("run"),  # passes of an engine over all prompts, one a go
+    "agree": _sampling("agree"),  # whether engines give the same greedy answers
 }

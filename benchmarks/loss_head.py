@@ -36,6 +36,7 @@ ERRORS = ("logp_error", "hidden_gradient_error", "weight_gradient_error")
 
 def main(arguments: list[str]) -> None:
     parser = cli.parser("loss_head", __doc__)
+    cli.add_trl_options(parser)
     parser.add_argument("--tokens", type=count, nargs="+", help="answer tokens a pass (1024 4096)")
     parser.add_argument("--vocabularies", type=count, nargs="+", help="8000 32000 128000")
     parser.add_argument("--hidden", type=count, help="hidden size (288)")

@@ -24,7 +24,7 @@ COLUMNS = ("case", "ours MiB", "TRL MiB", "ours / TRL", "ours total MiB", "TRL t
 
 def main(arguments: list[str]) -> None:
     parser = cli.parser("memory", __doc__)
-    cli.add_case_options(parser)
+    cli.add_trainer_options(parser)
     parser.add_argument("--task", choices=("dpo", "sft"), default="dpo")
     parser.add_argument("--k", type=int, default=2, help="answers a prompt, DPO (2)")
     options = parser.parse_args(arguments)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.workload import EOS, PAD, Case
+
+_WORDS = {PAD: "<pad>", EOS: "</s>"}
+LIVELIER = 3.0  # times the scale that weights begin with, for rollouts
 
 
 def config_of(case: Case) -> LlamaConfig:
@@ -38,3 +47,34 @@ def build(case: Case, *, seed: int) -> LlamaForCausalLM:
             return LlamaForCausalLM(config_of(case))
     finally:
         torch.set_default_dtype(before)
+
+
+@torch.no_grad()
+def save(case: Case, folder: str | Path) -> None:
+    """A model folder to roll out from: the case's Llama and its tokenizer.
+
+    Weights as they begin make all tokens about as likely after any context, so that greedy answers would tell little of
+    what an engine does with it. Scaled up, what follows depends on what came before, with logits of about one nat.
+    """
+    model = build(case, seed=case.seed)
+    for weight in model.model.layers.parameters():
+        if weight.dim() == 2:
+            weight.mul_(LIVELIER)
+    model.model.norm.weight.mul_(LIVELIER)
+    # Trainers keep no cache; without one generate() would run the whole sequence again for every token.
+    model.config.use_cache = model.generation_config.use_cache = True
+    model.save_pretrained(folder)
+    tokenizer_of(case).save_pretrained(folder)
+
+
+def text_of(ids: Sequence[int], lead: str = "") -> str:
+    """Token ids as text that tokenizer_of reads back."""
+    return lead + " ".join(_WORDS.get(i, str(i)) for i in ids)
+
+
+def tokenizer_of(case: Case) -> PreTrainedTokenizerFast:
+    """A word a token, so that the tokenization of others gives back the very ids that we drew."""
+    words = {_WORDS.get(i, str(i)): i for i in range(case.shape.vocabulary)}
+    made = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    made.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")

@@ -1,8 +1,10 @@
-"""Two programs are timed against each other only if they compute the same thing: loss and gradient in fp32."""
+"""Programs are timed against each other only if they compute the same thing: loss, gradient, answers in fp32."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,16 @@ import numpy as np
 
 from benchmarks.contest import Worker
 from benchmarks.report import say
+from benchmarks.settings import EngineSetting
 from benchmarks.workload import Case
 from rankwise.types import UserError
 
 LOSS, GRADIENT = 2e-6, 5e-6  # relative; TRL and the paper's code differ by 1.4e-6 and 2.3e-6 among themselves
 LOGPS = 2e-6  # relative, of all answers' sums together
+# Nats by which a greedy token may fall short of the likeliest one, which at a tie is rounding. The likeliest two are
+# some tenths apart as a rule, so an answer to anything else shows. A server computes in whatever it was started with.
+MARGIN, SERVED_MARGIN = 1e-3, 0.5
+GREEDY_PROMPTS = 8
 
 
 def step_parity(case: Case) -> dict[str, Any]:
@@ -36,6 +43,52 @@ def reference_parity(case: Case) -> dict[str, Any]:
     say("parity: one fp32 pass of each side")
     small = case.for_parity()
     return check_logps(_one(small, "logps", "ours")[1], _one(small, "logps", "trl")[1])
+
+
+def greedy_parity(
+    case: Case, engines: Sequence[str], start: Callable[..., Worker]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Compare the engines' greedy answers to a few prompts; also those that cannot run here, and why.
+
+    Every token must be the likeliest one after those before it, but for rounding. So answers that are not generate()'s
+    to the last token part from them at a tie; the share that does not is in the record.
+
+    Args:
+        start: starts a worker on the case's model.
+
+    Raises UserError where an engine answers otherwise.
+    """
+    say("parity: greedy answers of each engine")
+    few = replace(case, batch=min(case.batch, GREEDY_PROMPTS))
+    settings = {engine: _exact(engine, few).spec() for engine in engines}
+    with start(job="agree", case=few.spec(), settings=settings) as worker:
+        told = worker.hear()
+    return {**check_greedy(told["margins"]), "equal_to_generate": told["equal"]}, told["left_out"]
+
+
+def check_greedy(margins: Mapping[str, float]) -> dict[str, Any]:
+    """The engines' margins, in nats; raises UserError beyond the limits."""
+    limits = {engine: SERVED_MARGIN if engine == "server" else MARGIN for engine in margins}
+    # Written so that NaN fails too.
+    wrong = [engine for engine, limit in limits.items() if not margins[engine] <= limit]
+    if wrong:
+        raise UserError(
+            "nothing is timed: "
+            + "; ".join(
+                f"a greedy token of {engine} is {margins[engine]:.2g} nats below the likeliest one, "
+                f"{limits[engine]:.0e} is allowed"
+                for engine in wrong
+            )
+            + ". The engine does not compute this model's answers; --engines leaves it out"
+        )
+    return {"of": " of greedy answers, nats", **margins, "limits": limits}
+
+
+def _exact(engine: str, case: Case) -> EngineSetting:
+    """As exact as the engine can be, with half the answers at a time, so that one batch follows another."""
+    batch = max(1, case.batch // 2) * case.k
+    precision = "own" if engine == "server" else "fp32"
+    return EngineSetting(precision=precision, batch=batch, cache="dynamic" if engine == "generate" else "")
 
 
 def check_step(our_loss: float, ours: np.ndarray, trl_loss: float, theirs: np.ndarray) -> dict[str, Any]:

@@ -25,7 +25,7 @@ COLUMNS = ("case", "ours s", "TRL s", "ratio", "ours rows/s", "TRL rows/s", "row
 
 def main(arguments: list[str]) -> None:
     parser = cli.parser("reference", __doc__)
-    cli.add_case_options(parser)
+    cli.add_trainer_options(parser)
     parser.add_argument("--rows", type=count, help="rows of the table (64); each has two answers")
     options = parser.parse_args(arguments)
     cli.need_trl(options)

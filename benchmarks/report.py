@@ -20,7 +20,7 @@ def timed(found: dict[str, Samples]) -> dict[str, Any]:
 
 def case_name(case: Case) -> str:
     """A case in a table."""
-    answers = f"{case.k} × {case.answer}" if case.task == "dpo" else case.answer
+    answers = case.answer if case.task == "sft" else f"{case.k} × {case.answer}"
     return f"{case.name}, {case.batch} × ({case.prompt} + {answers}), V {case.shape.vocabulary}"
 
 
@@ -63,10 +63,11 @@ def notes(record: dict[str, Any]) -> list[tuple[str, str]]:
         rates = ", ".join(f"{kind} {rate / 1e9:,.0f} GFLOP/s" for kind, rate in machine["matmul_flops"].items())
         said.append(("matmul ceiling", rates))
     if parity := record.get("parity"):
-        apart = ", ".join(f"{name} {value:.1e}" for name, value in parity.items() if name != "limits")
-        said.append(("parity in fp32, relative", apart))
+        apart = ", ".join(f"{name} {value:.1e}" for name, value in parity.items() if isinstance(value, float))
+        said.append((f"parity{parity.get('of', ' in fp32, relative')}", apart))
     elif "parity" in record:
         said.append(("parity", "not checked, TRL took no part"))
+    said += list(record.get("left_out", {}).items())
     return said + _settings(record["results"])
 
 
@@ -107,6 +108,11 @@ def share(value: float | None) -> str:
 
 def rate(value: float | None) -> str:
     return "—" if value is None else f"{value:.2f}"
+
+
+def tokens(one: dict[str, Any] | None) -> str:
+    """A median of tokens a second with its quartiles."""
+    return _with_quartiles(one, lambda value: f"{value:,.0f}")
 
 
 def _with_quartiles(one: dict[str, Any] | None, show) -> str:

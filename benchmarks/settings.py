@@ -1,7 +1,8 @@
 """How each side may be set, and how a setting is written on the command line.
 
 Ours: precision-budget (bf16-4096: bf16 autocast, 4,096 positions a forward pass). TRL's: precision-mode-micro
-(medium-compile-8: matmul precision "medium", torch.compile, 8 pairs a forward pass), for SFT also -packed.
+(medium-compile-8: matmul precision "medium", torch.compile, 8 pairs a forward pass), for SFT also -packed. An engine's
+for rollouts: precision-batch (bf16-128: 128 answers decoded together), for generate() precision-cache-batch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from rankwise.types import UserError
 
 PRECISIONS = ("fp32", "medium", "bf16")  # as rankwise.checkpoints.Precision
 MODES = ("eager", "compile")
+CACHES = ("dynamic", "static")
+ENGINES = ("embedded", "generate", "continuous", "server")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,21 @@ class TrlSetting:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineSetting:
+    """What a user of an engine may choose, as far as it makes rollouts faster."""
+
+    precision: str  # "own": a server's command says it
+    batch: int  # answers decoded together
+    cache: str = ""  # generate() alone: dynamic | static, which is compiled too
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, (self.precision, self.cache, str(self.batch))))
+
+    def spec(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def our_setting(text: str) -> OurSetting:
     """Read "bf16-4096"; raises UserError."""
     precision, _, budget = text.partition("-")
@@ -64,6 +82,29 @@ def trl_setting(text: str) -> TrlSetting:
             f"({_names()}; modes {', '.join(MODES)}; -packed at the end for SFT)"
         )
     return TrlSetting(precision=parts[0], mode=parts[1], micro=int(parts[2]), packed=text.endswith("-packed"))
+
+
+def engine_setting(engine: str, text: str) -> EngineSetting:
+    """Read "bf16-128", or of generate() "bf16-dynamic-32"; raises UserError."""
+    *parts, batch = text.split("-")
+    precisions, caches = (("own",), ()) if engine == "server" else (("fp32", "bf16"), CACHES)
+    wanted = 2 if engine == "generate" else 1
+    named = len(parts) == wanted and parts[0] in precisions and (wanted == 1 or parts[1] in caches)
+    if not named or not batch.isdigit() or int(batch) < 1:
+        example = {"generate": "bf16-dynamic-32", "server": "own-256"}.get(engine, "bf16-128")
+        raise UserError(f"{text!r} is no setting of {engine}; write it as in {example}")
+    return EngineSetting(precision=parts[0], cache=parts[1] if wanted == 2 else "", batch=int(batch))
+
+
+def engine_candidates(engine: str, case: Case) -> tuple[list[EngineSetting], list[int]]:
+    """Settings of an engine to try first, and the batches to try at the best of them."""
+    if engine == "server":
+        return [EngineSetting(precision="own", batch=256)], []
+    gpu = case.device == "cuda"
+    caches = CACHES if engine == "generate" else ("",)
+    middle, others = (256, [64, 1024]) if gpu else (32, [8, 128]) if engine == "generate" else (128, [64, 256])
+    precisions = ("bf16",) if gpu else ("fp32", "bf16")
+    return [EngineSetting(precision=p, cache=cache, batch=middle) for p in precisions for cache in caches], others
 
 
 def our_candidates(case: Case) -> tuple[list[OurSetting], list[int]]:

@@ -13,17 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.channel import Channel, Pace, Stop
-from benchmarks.models import build
+from benchmarks.models import build, text_of, tokenizer_of
 from benchmarks.ours import BETA, FOREVER, flat_gradient
 from benchmarks.settings import TrlSetting
-from benchmarks.workload import EOS, PAD, Case, Tokens, pairs, rows
+from benchmarks.workload import Case, Tokens, pairs, rows
 
 PAD_TO = 64  # with torch.compile: few shapes, so few compilations
 BY_LENGTH = "tokens"  # column that tells TRL's sampler how long an example is
@@ -97,7 +94,9 @@ def make_trainer(
         return _sft(case, setting, policy, examples, common)
     reference = None if policy_seed is None else build(case, seed=case.seed)
     config = DPOConfig(**common, beta=beta, max_length=None, precompute_ref_log_probs=True)
-    return DPOTrainer(policy, reference, args=config, train_dataset=_table(examples), processing_class=_tokenizer(case))
+    return DPOTrainer(
+        policy, reference, args=config, train_dataset=_table(examples), processing_class=tokenizer_of(case)
+    )
 
 
 class _AfterStep(TrainerCallback):
@@ -120,11 +119,11 @@ def _sft(case: Case, setting: TrlSetting, policy: torch.nn.Module, examples: lis
     config = SFTConfig(**common, max_length=case.shape.context, packing=setting.packed)
     table = Dataset.from_list(
         [
-            {"prompt": _text(one.prompt), "completion": _text(one.answers[0], lead=" "), BY_LENGTH: _length(one)}
+            {"prompt": text_of(one.prompt), "completion": text_of(one.answers[0], lead=" "), BY_LENGTH: _length(one)}
             for one in examples
         ]
     )
-    made = SFTTrainer(policy, args=config, train_dataset=table, processing_class=_tokenizer(case))
+    made = SFTTrainer(policy, args=config, train_dataset=table, processing_class=tokenizer_of(case))
     if setting.packed:  # how many rows there are is known only now; a step is all of them
         made.args.gradient_accumulation_steps = math.ceil(len(made.train_dataset) / setting.micro)
     return made
@@ -161,9 +160,9 @@ def _table(examples: list[Tokens]) -> Dataset:
     return Dataset.from_list(
         [
             {
-                "prompt": _text(one.prompt),
-                "chosen": _text(one.answers[0], lead=" "),
-                "rejected": _text(one.answers[1], lead=" "),
+                "prompt": text_of(one.prompt),
+                "chosen": text_of(one.answers[0], lead=" "),
+                "rejected": text_of(one.answers[1], lead=" "),
                 BY_LENGTH: _length(one),
             }
             for one in examples
@@ -173,18 +172,3 @@ def _table(examples: list[Tokens]) -> Dataset:
 
 def _length(one: Tokens) -> int:
     return len(one.prompt) + max(map(len, one.answers))
-
-
-def _text(ids: tuple[int, ...], lead: str = "") -> str:
-    return lead + " ".join(_WORDS.get(i, str(i)) for i in ids)
-
-
-_WORDS = {PAD: "<pad>", EOS: "</s>"}
-
-
-def _tokenizer(case: Case) -> PreTrainedTokenizerFast:
-    """A word a token, so that TRL's own tokenization gives back the very ids that we drew."""
-    words = {_WORDS.get(i, str(i)): i for i in range(case.shape.vocabulary)}
-    made = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    made.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")

@@ -33,7 +33,7 @@ COLUMNS = (
 
 def main(arguments: list[str]) -> None:
     parser = cli.parser("train_step", __doc__)
-    cli.add_case_options(parser)
+    cli.add_trainer_options(parser)
     parser.add_argument("--task", choices=("dpo", "sft"), default="dpo")
     parser.add_argument("--k", type=int, nargs="+", metavar="K", help="answers a prompt, DPO (2 4)")
     parser.add_argument("--best-only", action="store_true", help="leave out the comparison in equal precisions")

@@ -6,6 +6,7 @@ SPEC is JSON: job, side ("ours" or "trl"), case, setting, and the file descripto
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tempfile
 from typing import Any
@@ -14,6 +15,8 @@ from rankwise.runtime import keep_freed_memory, spin_briefly
 
 
 def main(spec: dict[str, Any]) -> None:
+    # Asked to end, it takes down what it started: a server, a folder.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     # What a stage of the pipeline sets for itself, for both sides; before torch is imported.
     keep_freed_memory()
     spin_briefly()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
@@ -16,7 +17,7 @@ from rankwise.plan.presets import PRESETS
 PAD, EOS, FIRST = 0, 1, 2  # token ids: padding, end of sequence, the first ordinary one
 SPREAD = 0.5  # of the logarithm of lengths: two thirds of them lie within a factor of 1.65
 
-Task = Literal["dpo", "sft"]
+Task = Literal["dpo", "sft", "rollouts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +65,10 @@ class Case:
     task: Task = "dpo"
     name: str = "15m"  # of the model, for people
     shape: Shape = field(default_factory=lambda: MODELS["15m"])
-    batch: int = 16  # prompts an optimizer step
+    batch: int = 16  # prompts of an optimizer step, a table, a pass
     k: int = 2  # answers a prompt; 1 for SFT
     prompt: int = 128  # median tokens of a prompt
-    answer: int = 96  # median tokens of an answer, its end included
+    answer: int = 96  # median tokens of an answer, its end included; of rollouts about the mean
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
     weights: Literal["fp32", "bf16"] = "fp32"  # the parameters' dtype; precision of the arithmetic is a setting
@@ -137,6 +138,39 @@ def _row(case: Case, dice: random.Random) -> Tokens:
 def pairs(row: Tokens) -> list[Tokens]:
     """A ranking as the C(K, 2) pairs that a trainer of pairs needs to see all of it."""
     return [Tokens(prompt=row.prompt, answers=pair) for pair in itertools.combinations(row.answers, 2)]
+
+
+def end_ids(case: Case) -> tuple[int, ...]:
+    """Token ids that end a rollout: a share of 1 / case.answer of the vocabulary, EOS among them.
+
+    Random weights hardly favour any token, so they would end an answer once in a vocabulary of tokens; with these,
+    lengths are about geometric.
+    """
+    return tuple(range(EOS, case.shape.vocabulary, case.answer))
+
+
+def longest_rollout(case: Case) -> int:
+    """Tokens at which a rollout is cut: 256 where they are 96 on average, so that one in fourteen is."""
+    return case.answer * 8 // 3
+
+
+def count_tokens(answers: Sequence[Sequence[Sequence[int]]], case: Case) -> int:
+    """Tokens of all rollouts, [prompts][K][tokens], their ends included.
+
+    Raises ValueError unless there are K to each prompt and each stops where it must: so no engine is credited with
+    tokens that nobody asked for, or with work left undone.
+    """
+    if len(answers) > case.batch or any(len(mine) != case.k for mine in answers):
+        raise ValueError(f"{[len(mine) for mine in answers]} answers for up to {case.batch} prompts of {case.k} each")
+    ends, most = frozenset(end_ids(case)), longest_rollout(case)
+    for number, one in enumerate(one for mine in answers for one in mine):
+        ended = bool(one) and one[-1] in ends
+        if not ends.isdisjoint(one[:-1]) or not (ended or len(one) == most) or len(one) > most:
+            raise ValueError(
+                f"answer {number} of {len(one)} tokens ends with {one[-1:]}: it must stop at its first end token, "
+                f"or at {most} tokens without one"
+            )
+    return sum(len(one) for mine in answers for one in mine)
 
 
 def _length(dice: random.Random, median: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ def weights_digest(folder: Path) -> str:
 def tokenizer_digest(folder: Path) -> str:
     """Identity of a model folder's tokenizer and chat template."""
     return _files_digest(folder, TOKENIZER_FILES)
+
+
+def sampled_from(weights: str, prompt_ids: Sequence[int]) -> str:
+    """What a row of sampled answers keeps of its origin: a model with other weights, or one that reads other prompt
+    tokens, is not what sampled them."""
+    return digest("sampled from", weights, prompt_ids)
 
 
 def _files_digest(folder: Path, patterns: tuple[str, ...]) -> str:

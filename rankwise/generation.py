@@ -1,54 +1,79 @@
 """The embedded engine: K sampled answers a prompt from any Hugging Face causal LM, plain torch, no server.
 
-Each prompt is run once and its cache is shared out to its K answers. Answers that end leave the batch. Every answer
-draws from a stream of its own, seeded by (seed, prompt id, round, k): the same answer comes out whatever the batch
-size, the order, or a restart in between, as long as the numerics of the model's forward pass are the same.
+Each prompt is run once for its K answers, and an answer that ends makes room for another prompt's. Every answer draws
+from a stream of its own, seeded by (seed, prompt id, round, k): the same answer comes out whatever the batch size, the
+order, the number of processes or a restart in between, as long as the model's forward pass rounds alike.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from rankwise.checkpoints import Precision, numerics
+from rankwise.checkpoints import Precision, device, load_causal_lm, load_tokenizer, numerics
+from rankwise.decoding import Decoder, LibraryCache, SharedPrompts, can_share
+from rankwise.draws import draw
+from rankwise.fingerprint import file_digest, tokenizer_digest, weights_digest
+from rankwise.rendering import Renderer
+from rankwise.sampling import Sampled, Sampling, Wanted
 from rankwise.types import UserError
 
-ENGINE = "embedded-1"  # raise the number when the same inputs would give other answers
+log = logging.getLogger(__name__)
+
+ENGINE = "embedded-2"  # raise the number when the same inputs would give other answers
+STEPS = 16  # between two times that ended answers leave and prompts come
+Ended = Callable[[Sequence[int], Sequence[int]], bool]  # (prompt ids, answer ids) -> the answer's text holds a stop
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How answers are drawn."""
+class EmbeddedEngine:
+    """rankwise.sampling.Engine over a model's folder, which is read at the first prompt.
 
-    max_new_tokens: int  # longest answer, tokens, its end token included
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0  # smallest set of tokens whose probability reaches this
-    top_k: int = 0  # this many likeliest tokens; 0 is all
+    Args:
+        batch_sequences: answers decoded together.
+    """
 
-    def identity(self) -> dict:
-        return {"engine": ENGINE, **asdict(self)}
+    version = f"{ENGINE}, torch {torch.__version__}, transformers {transformers.__version__}"
 
+    def __init__(
+        self, folder: str | Path, sampling: Sampling, *, precision: Precision = "fp32", batch_sequences: int = 256
+    ):
+        self.folder, self.sampling = Path(folder), sampling
+        self.precision, self.batch_sequences = precision, batch_sequences
 
-@dataclass(frozen=True, kw_only=True)
-class Sampled:
-    """One sampled answer."""
+    def identity(self) -> dict[str, Any]:
+        # generation_config.json may name further end tokens.
+        configured = [file_digest(path) for path in self.folder.glob("generation_config.json")]
+        return {
+            "engine": ENGINE,
+            "model": [weights_digest(self.folder), tokenizer_digest(self.folder), *configured],
+            "sampling": self.sampling.identity(),
+            "precision": self.precision,
+        }
 
-    token_ids: tuple[int, ...]  # the end token included, if it came
-    finish_reason: str  # "stop" | "length"
-    seed: int
-    logp: float  # Σ log π(token) at temperature 1 over the whole vocabulary, nats
-
-
-def seed_of(seed: int, prompt_id: str, round_: int, k: int) -> int:
-    """The seed of answer k to a prompt in a round: 63 bits, a function of nothing else."""
-    text = f"{seed}/{prompt_id}/{round_}/{k}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+    def answers(self, wanted: Sequence[Wanted]) -> Iterator[tuple[int, list[Sampled]]]:
+        tokenizer = load_tokenizer(self.folder)
+        model = load_causal_lm(self.folder).to(device())
+        yield from sample(
+            model,
+            [one.prompt_ids for one in wanted],
+            [one.seeds for one in wanted],
+            self.sampling,
+            ends=end_tokens(model, tokenizer.eos_token_id),
+            batch_sequences=self.batch_sequences,
+            precision=self.precision,
+            names=[one.name for one in wanted],
+            ended=text_stops(Renderer(tokenizer), self.sampling.stop) if self.sampling.stop else None,
+        )
 
 
 def end_tokens(model: PreTrainedModel, eos_token_id: int) -> tuple[int, ...]:
@@ -56,6 +81,18 @@ def end_tokens(model: PreTrainedModel, eos_token_id: int) -> tuple[int, ...]:
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     extra = configured if isinstance(configured, list) else [configured] if configured is not None else []
     return tuple(sorted({eos_token_id, *extra}))
+
+
+def text_stops(renderer: Renderer, stops: Sequence[str]) -> Ended:
+    """Whether the text of an answer holds one of stops, looked for in its last tokens only."""
+    reach = 4 * max(map(len, stops)) + 1  # tokens: a character is up to four bytes, a token at least one
+
+    def ended(prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> bool:
+        before = [*prompt_ids[-8:], *answer_ids[:-reach]][-8:]
+        text = renderer.answer_text(before, answer_ids[-reach:])
+        return any(stop in text for stop in stops)
+
+    return ended
 
 
 def sample(
@@ -68,15 +105,19 @@ def sample(
     batch_sequences: int = 256,
     precision: Precision = "fp32",
     names: Sequence[str] | None = None,
+    ended: Ended | None = None,
 ) -> Iterator[tuple[int, list[Sampled]]]:
-    """Yield (index of the prompt, its K answers) as batches finish, shortest prompts first.
+    """Yield (index of the prompt, its K answers), each when its last answer ends; shortest prompts are begun first.
+
+    The model is kept as it is needed here: with precision "bf16" its matrices are cast, once.
 
     Args:
         prompts: token ids of each prompt, at least one token.
-        seeds: K seeds a prompt, from seed_of.
-        ends: token ids that end an answer.
+        seeds: K seeds a prompt.
+        ends: token ids that end an answer, besides the sampling's own.
         batch_sequences: answers decoded together.
         names: what messages call the prompts; their numbers, where there are none.
+        ended: asked after every token whether the answer's text ends it.
 
     Raises UserError where a prompt leaves no room in the model's context.
     """
@@ -88,129 +129,156 @@ def sample(
                 f"with a context of {limit} tokens; shorten it (max_prompt_tokens) or drop it in the prompts stage"
             )
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    answers = max((len(s) for s in seeds), default=1)
-    size = max(1, batch_sequences // answers)
+    if not prompts:
+        return
     model.eval()
+    share, before = can_share(model), model.config._attn_implementation
     with torch.inference_mode(), numerics(precision, model.device):
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
-            done = _Decoder(model, [prompts[i] for i in part], [seeds[i] for i in part], sampling, ends, limit).run()
-            yield from zip(part, done)
+        if not share:
+            log.warning("%s: every answer keeps a copy of its prompt, prompts wait in line", type(model).__name__)
+        if precision == "bf16":
+            _cast_matrices(model)
+        most = max((len(mine) for mine in seeds), default=1)
+        stops = torch.tensor(sorted({*ends, *sampling.stop_token_ids}), device=model.device)
+        decoder = SharedPrompts(model, room=sampling.max_new_tokens) if share else LibraryCache(model)
+        run = _Run(decoder, prompts, seeds, sampling, stops, limit, ended, model.config.get_text_config().vocab_size)
+        try:
+            yield from run.answers(order, max(most, batch_sequences))
+        finally:
+            model.config._attn_implementation = before
 
 
-class _Decoder:
-    """One batch of prompts on its way: S sequences still open, of S0 = prompts × K in all."""
+def _cast_matrices(model: nn.Module) -> None:
+    """Cast linear layers' weights once, as autocast would at every step; embeddings and norms stay as they are."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module.weight.dtype == torch.float32:
+            module.weight = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
 
-    def __init__(self, model, prompts, seeds, sampling: Sampling, ends: tuple[int, ...], limit: int | None):
-        self.model, self.prompts, self.sampling = model, prompts, sampling
-        self.k = [len(s) for s in seeds]
-        self.seeds = [seed for s in seeds for seed in s]
+
+class _Rows(NamedTuple):
+    """Answers on their way, one a row."""
+
+    prompt_S: Tensor  # int64: the prompt's number
+    k_S: Tensor  # int64: which of its answers
+    open_S: Tensor  # bool: not ended yet
+    token_S: Tensor  # int64: what the model reads next
+    position_S: Tensor  # int64: where that stands in its sequence
+    made_S: Tensor  # int64: tokens of the answer so far
+    room_S: Tensor  # int64: tokens of the answer at most
+    uniform_ST: Tensor  # float64: one number a draw
+    history_ST: Tensor  # int64: the answer
+    logps_ST: Tensor  # float32
+    seen_SV: Tensor  # bool: words of the prompt and the answer, where the repetition penalty asks; else [S, 0]
+
+    def select(self, rows: Tensor) -> _Rows:
+        return _Rows(*(x[rows] for x in self))
+
+    def joined(self, parts: Sequence[_Rows]) -> _Rows:
+        return _Rows(*map(torch.cat, zip(self, *parts)))
+
+
+class _Run:
+    """Prompts on their way through the rows of a decoder."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+        stops: Tensor,
+        limit: int | None,
+        ended: Ended | None,
+        vocabulary: int,
+    ):
+        self.decoder, self.prompts, self.seeds, self.sampling = decoder, prompts, seeds, sampling
+        self.stops, self.limit, self.ended = stops, limit, ended
+        self.penalised = vocabulary if sampling.repetition_penalty != 1 else 0  # words to remember
+        self.rows = self._seated(0, [])
+        self.done: dict[int, dict[int, Sampled]] = {}
+
+    def answers(self, order: Sequence[int], most: int) -> Iterator[tuple[int, list[Sampled]]]:
+        waiting = deque(order)
+        while waiting or bool(self.rows.open_S.any()):
+            self._arrange(waiting, most)
+            for _ in range(STEPS):
+                rows = self.rows
+                logits_SV = self.decoder.step(rows.token_S, rows.position_S)
+                yield from self._finished(self._advance(logits_SV))
+                if not bool(self.rows.open_S.any()):
+                    break
+
+    def _arrange(self, waiting: deque[int], most: int) -> None:
+        """Let answers that ended go and prompts come, as many as there is room for; longest answers first."""
+        keep = self.rows.open_S.nonzero()[:, 0]
+        keep = keep[self.rows.made_S[keep].argsort(descending=True, stable=True)]
+        came: list[int] = []
+        free = most - len(keep) if self.decoder.refills or not len(keep) else 0
+        while waiting and len(self.seeds[waiting[0]]) <= free:
+            came.append(waiting.popleft())
+            free -= len(self.seeds[came[-1]])
+        self.decoder.arrange(keep, [self.prompts[i] for i in came], [len(self.seeds[i]) for i in came])
+        self.rows = self.rows.select(keep).joined([self._seated(i, self.seeds[i]) for i in came])
+
+    def _seated(self, prompt: int, seeds: Sequence[int]) -> _Rows:
+        """Rows of a prompt's answers, before their first token."""
+        ids, most, where, count = self.prompts[prompt], self.sampling.max_new_tokens, self.stops.device, len(seeds)
         # The context may be shorter than prompt + answer: then the answer is cut there, as by any length limit.
-        most = sampling.max_new_tokens
-        rooms = [min(most, limit - len(p)) if limit else most for p in prompts]
-        self.rooms = [room for room, k in zip(rooms, self.k) for _ in range(k)]
-        self.steps = max(self.rooms)
-        self.ends = torch.tensor(ends, device=model.device)
-        uniform = [
-            np.random.Generator(np.random.Philox(key=s)).random(self.steps, dtype=np.float32) for s in self.seeds
-        ]
-        self.uniform = torch.from_numpy(np.stack(uniform)).to(model.device)
-        self.tokens: list[list[int]] = [[] for _ in self.seeds]
-        self.logps = [0.0] * len(self.seeds)
-        self.reasons = ["length"] * len(self.seeds)
-        self.closed = [False] * len(self.seeds)
-
-    def run(self) -> list[list[Sampled]]:
-        logits, cache, mask, position = self._prefill()
-        open_ = torch.arange(len(self.seeds), device=logits.device)
-        for step in range(self.steps):
-            token_S, logp_S = _draw(logits, self.uniform[open_, step], self.sampling)
-            rows = open_.tolist()
-            self._note(rows, token_S.tolist(), logp_S.tolist(), torch.isin(token_S, self.ends).tolist())
-            ended_S = torch.tensor([self.closed[row] for row in rows], device=logits.device)
-            if bool(ended_S.all()):
-                break
-            # Rows that ended are dropped once they are an eighth of the batch: dropping copies the cache.
-            if int(ended_S.sum()) * 8 >= len(open_) or (bool(ended_S.any()) and len(open_) <= 32):
-                keep = (~ended_S).nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                open_, token_S, mask, position = open_[keep], token_S[keep], mask[keep], position[keep]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            output = self.model(
-                input_ids=token_S[:, None],
-                attention_mask=mask,
-                position_ids=position[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits, position = output.logits[:, -1].float(), position + 1
-        return self._answers()
-
-    def _prefill(self):
-        """Run every prompt once, padded on the left; give each of its K answers a copy of the cache."""
-        device, longest = self.model.device, max(map(len, self.prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in self.prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in self.prompts], device=device)
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-        output = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=True, logits_to_keep=1
+        room = min(most, self.limit - len(ids)) if self.limit else most
+        full = lambda value, *shape: torch.full((count, *shape), value, device=where)
+        streams = [np.random.Generator(np.random.Philox(key=seed)).random(most) for seed in seeds]
+        seen_SV = full(False, self.penalised)
+        if self.penalised:
+            seen_SV[:, list(ids)] = True
+        return _Rows(
+            prompt_S=full(prompt),
+            k_S=torch.arange(count, device=where),
+            open_S=full(True),
+            token_S=full(ids[-1]),
+            position_S=full(len(ids) - 1),
+            made_S=full(0),
+            room_S=full(room),
+            uniform_ST=torch.from_numpy(np.array(streams).reshape(count, most)).to(where),
+            history_ST=full(0, most),
+            logps_ST=full(0.0, most),
+            seen_SV=seen_SV,
         )
-        owner = torch.tensor([i for i, k in enumerate(self.k) for _ in range(k)], device=device)
-        cache = output.past_key_values
-        cache.batch_select_indices(owner)
-        return output.logits[:, -1].float()[owner], cache, mask[owner], mask[owner].sum(1)
 
-    def _note(self, rows: list[int], tokens: list[int], logps: list[float], ended: list[bool]) -> None:
-        for row, token, logp, end in zip(rows, tokens, logps, ended):
-            if self.closed[row]:
-                continue  # ended earlier, still in the batch until the next drop
-            self.tokens[row].append(token)
-            self.logps[row] += logp
-            if end:
-                self.reasons[row] = "stop"
-            self.closed[row] = end or len(self.tokens[row]) == self.rooms[row]
+    def _advance(self, logits_SV: Tensor) -> list[int]:
+        """Draw a token a row and note it; the rows whose answers it ended."""
+        rows = self.rows
+        # An ended row is drawn for again, at its end, until it leaves; what it said has been taken.
+        last = self.sampling.max_new_tokens - 1
+        at = (torch.arange(len(rows.open_S), device=rows.open_S.device), rows.made_S.clamp(max=last))
+        token_S, logp_S = draw(logits_SV, rows.uniform_ST[at], self.sampling, rows.seen_SV if self.penalised else None)
+        rows.history_ST[at], rows.logps_ST[at] = token_S, logp_S
+        if self.penalised:
+            rows.seen_SV[at[0], token_S] = True
+        over_S = torch.isin(token_S, self.stops) | (rows.made_S + 1 >= rows.room_S)
+        go_S = (rows.open_S & ~over_S).long()
+        made_S, ended = rows.made_S + rows.open_S, (rows.open_S & over_S).nonzero()[:, 0].tolist()
+        self.rows = rows._replace(token_S=token_S, made_S=made_S, position_S=rows.position_S + go_S)
+        if self.ended:
+            still = go_S.nonzero()[:, 0].tolist()
+            ended += [n for n in still if self.ended(self.prompts[int(rows.prompt_S[n])], self._ids(n))]
+        return ended
 
-    def _answers(self) -> list[list[Sampled]]:
-        flat = [
-            Sampled(token_ids=tuple(self.tokens[i]), finish_reason=self.reasons[i], seed=seed, logp=self.logps[i])
-            for i, seed in enumerate(self.seeds)
-        ]
-        out, start = [], 0
-        for k in self.k:
-            out.append(flat[start : start + k])
-            start += k
-        return out
+    def _ids(self, row: int) -> list[int]:
+        return self.rows.history_ST[row, : self.rows.made_S[row]].tolist()
 
-
-def _draw(logits_SV: Tensor, uniform_S: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """A token for each sequence and its log-probability at temperature 1.
-
-    Sampling inverts the cumulative distribution at one uniform number, so a sequence's draws depend on its own
-    stream alone.
-    """
-    logps_SV = logits_SV.log_softmax(-1)
-    if sampling.temperature == 0:
-        token_S = logps_SV.argmax(-1)
-    else:
-        token_S = _invert(_filtered(logits_SV / sampling.temperature, sampling), uniform_S)
-    return token_S, logps_SV.gather(1, token_S[:, None]).squeeze(1)
-
-
-def _filtered(logits_SV: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities after top-k, then top-p, renormalised."""
-    if 0 < sampling.top_k < logits_SV.shape[1]:
-        least_S1 = logits_SV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits_SV = logits_SV.masked_fill(logits_SV < least_S1, -torch.inf)
-    probs_SV = logits_SV.softmax(-1)
-    if sampling.top_p < 1:
-        sorted_SV, order_SV = probs_SV.sort(dim=-1, descending=True)
-        # A token stays when what comes before it has not reached top_p yet, so the likeliest always stays.
-        drop_SV = sorted_SV.cumsum(-1) - sorted_SV >= sampling.top_p
-        probs_SV = probs_SV.masked_fill(drop_SV.scatter(1, order_SV, drop_SV), 0.0)
-    return probs_SV
-
-
-def _invert(probs_SV: Tensor, uniform_S: Tensor) -> Tensor:
-    cumulative_SV = probs_SV.double().cumsum(-1)
-    target_S1 = uniform_S.double()[:, None] * cumulative_SV[:, -1:]
-    return torch.searchsorted(cumulative_SV, target_S1, right=True).squeeze(1).clamp(max=probs_SV.shape[1] - 1)
+    def _finished(self, ended: Sequence[int]) -> Iterator[tuple[int, list[Sampled]]]:
+        """Close rows; the prompts of which that was the last answer."""
+        for row in ended:
+            prompt, k, ids = int(self.rows.prompt_S[row]), int(self.rows.k_S[row]), self._ids(row)
+            stopped = ids[-1] in self.stops or (self.ended is not None and self.ended(self.prompts[prompt], ids))
+            mine = self.done.setdefault(prompt, {})
+            mine[k] = Sampled(
+                token_ids=tuple(ids),
+                finish_reason="stop" if stopped else "length",
+                seed=self.seeds[prompt][k],
+                logps=tuple(self.rows.logps_ST[row, : len(ids)].tolist()),
+            )
+            self.rows.open_S[row] = False
+            if len(mine) == len(self.seeds[prompt]):
+                del self.done[prompt]
+                yield prompt, [mine[k] for k in sorted(mine)]

@@ -11,10 +11,14 @@ Small numbers and the wish to stop travel between CPUs (gloo), so that asking fo
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +32,8 @@ from rankwise.checkpoints import Precision, device
 from rankwise.types import UserError
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=30)  # gloo's own limit, 30 minutes, is less than two processes' shares may differ by
+POLL_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,29 @@ class Processes:
             dist.broadcast(values, src=0)
         return values
 
+    def meet(self) -> None:
+        """Wait for the others, hours if they need them; a signal is heard meanwhile, and so is a process that died.
+
+        The first meeting of a launch joins a group of its own, so all have to come to it within minutes.
+        """
+        if self.count == 1:
+            return
+        waiting = dist.barrier(group=_patient(), async_op=True)
+        while not waiting.is_completed():
+            time.sleep(POLL_S)
+        waiting.wait()
+
+    def to_first(self, value: Any) -> list[Any]:
+        """A JSON-able value of every process, in their order; the others than the first get none."""
+        if self.count == 1:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [int(size) for size in self.gather(torch.tensor([len(data)]))]
+        padded = nn.functional.pad(data, (0, max(sizes) - len(data)))
+        found = [torch.empty_like(padded) for _ in sizes] if self.first else None
+        dist.gather(padded, found)
+        return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(found or (), sizes)]
+
     def spread_text(self, text: str) -> str:
         """The first process's text, to all."""
         if self.count == 1:
@@ -99,6 +128,12 @@ def processes(environment: Mapping[str, str] = os.environ) -> Processes:
             torch.cuda.set_device(where)
         dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
     return Processes(rank=int(environment.get("RANK", "0")), count=count, device=where, sharded=sharded)
+
+
+@functools.cache
+def _patient() -> dist.ProcessGroup:
+    """The processes once more, in a group whose collectives may take as long as a share of the work does."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def place(module: nn.Module, precision: Precision) -> nn.Module:

@@ -4,13 +4,14 @@ The rule at the boundary: a prompt's tokens are tokenize(prompt), whatever follo
 policy will be given when it answers. An answer's tokens are what tokenize(prompt + answer) adds to them. Where the
 tokenizer would merge characters across the boundary, the answer's text is tokenized by itself and the row is
 marked, so that the data doctor can count it. A plain-text answer ends in the EOS token; a chat answer ends as the
-chat template ends it.
+chat template ends it; a sampled answer that was cut does not end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
@@ -96,6 +97,8 @@ class Renderer:
                 ids = list(answer.token_ids)
             else:
                 ids, merged = self.answer_ids(row.prompt, full, answer.text)
+                # Cut by its length limit: the policy must not learn to stop in the middle of a sentence.
+                ids = self._without_end(row.prompt, full, ids) if answer.finish_reason == "length" else ids
                 merges += merged
             limit = self.max_answer_tokens or len(ids)
             cut += max(0, len(ids) - limit)
@@ -111,6 +114,12 @@ class Renderer:
             boundary_merges=merges,
             cut_tokens=cut,
         )
+
+    def _without_end(self, prompt: Sequence[Message], prompt_ids: Sequence[int], answer_ids: list[int]) -> list[int]:
+        """An answer before what follows every answer to this prompt: EOS, or whatever the chat template closes with."""
+        some, others = (self.answer_ids(prompt, prompt_ids, text)[0] for text in ("a", "b"))
+        end = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(some), reversed(others))))
+        return answer_ids[:-end] if end and answer_ids[-end:] == some[-end:] else answer_ids
 
     def _within(self, prompt_ids: list[int]) -> list[int]:
         """The prompt's end within the limit, its BOS kept in front: the model knows no text without one."""

@@ -1,106 +1,315 @@
-"""K answers to each prompt of a table, from the row store where they are there already."""
+"""K answers to each prompt of a table, from the row store where they are there already.
+
+The processes of a launch share out the prompts that no store of theirs holds. Each keeps what it sampled in the store
+of its own machine, and at the end the first one fetches what its store lacks. So a launch that was killed, in part or
+whole, is continued by one of any other size.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
-from rankwise.checkpoints import Precision, device, load_causal_lm, load_tokenizer
-from rankwise.fingerprint import digest, file_digest, tokenizer_digest, weights_digest
-from rankwise.generation import Sampling, end_tokens, sample, seed_of
+import torch
+
+from rankwise.checkpoints import Precision, load_tokenizer
+from rankwise.fingerprint import digest, file_digest, sampled_from, tokenizer_digest, weights_digest
+from rankwise.parallel import Processes, processes
 from rankwise.progress import Progress
 from rankwise.rendering import Renderer
+from rankwise.sampling import Engine, Sampled, Sampling, Wanted, seed_of
 from rankwise.store import Store
-from rankwise.types import Answer, Row
+from rankwise.types import Answer, Row, UserError
+
+COMMIT_ROWS = 64  # finished rows are put into the store by so many …
+COMMIT_S = 1.0  # … or when one comes and the last time was so long ago; a kill loses those in between
+CHUNK_ROWS = 256  # rows in a message to the first process
+LOGP_DIGITS = 6  # decimals of a log-probability that are kept: a millionth of a nat is below any rounding of a model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to sample, and from which model; together with a prompt it is the key of a row."""
+    """What to sample, and from which model."""
 
-    folder: Path  # the model
+    folder: Path | None  # the model; None: only a server knows it, by its name
     sampling: Sampling
     k: int  # answers a prompt
+    engine: Literal["embedded", "server"] = "embedded"
     seed: int = 0
     round: int = 0
     max_prompt_tokens: int = 0  # a longer prompt loses its beginning; 0 is no limit
-    precision: Precision = "fp32"
+    precision: Precision = "fp32"  # of the embedded engine; a server has its own
     source: str = "policy"  # who the answers are said to be from
-    batch_sequences: int = 256  # answers decoded together; not part of the key
+    name: str | None = None  # what the model is served as, where there is no folder
+    prefix: str = "RANKWISE_ROLLOUTS"  # of the environment's variables that say where its server is; no result's affair
+    batch_sequences: int = 256  # answers that the embedded engine decodes together; no answer depends on it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What a call had to do."""
 
-    computed: int  # prompts answered now
-    tokens_per_second: float  # 0 when nothing was computed
+    computed: int  # prompts answered now, by all processes
+    tokens_per_second: float  # of all processes together; 0 when nothing was computed
 
 
-def sample_rows(prompts: Sequence[Row], request: Request, store: Store) -> tuple[list[Row], Work]:
-    """Rows with K unranked answers each, in the prompts' order; killed anywhere, a rerun asks for the rest only."""
-    renderer = Renderer(load_tokenizer(request.folder), max_prompt_tokens=request.max_prompt_tokens)
-    prompt_ids = [list(renderer.render(row, ()).prompt_ids) for row in prompts]
-    seeds = [[seed_of(request.seed, row.id, request.round, n) for n in range(request.k)] for row in prompts]
-    model = [weights_digest(request.folder), tokenizer_digest(request.folder)]
-    # It may name further end tokens (generation.end_tokens).
-    model += [file_digest(path) for path in Path(request.folder).glob("generation_config.json")]
-    identity = [*model, request.sampling.identity(), request.precision]
-    keys = [digest("rollout", identity, ids, mine) for ids, mine in zip(prompt_ids, seeds)]
-    found = store.get_many(keys)
-    missing = [i for i, key in enumerate(keys) if key not in found]
-    work = Work(computed=len(missing), tokens_per_second=0.0)
-    if missing:
-        wanted = {keys[i]: (prompts[i].id, prompt_ids[i], seeds[i]) for i in missing}
-        tokens_per_second = _fill(store, request, renderer, wanted)
-        found = store.get_many(keys)
-        work = Work(computed=len(missing), tokens_per_second=tokens_per_second)
-    rows = [_row(row, ids, found[key], renderer, request) for row, ids, key in zip(prompts, prompt_ids, keys)]
+def sample_rows(
+    prompts: Sequence[Row], request: Request, store: Store, *, engine: Engine | None = None
+) -> tuple[list[Row], Work]:
+    """Rows with K unranked answers each, in the prompts' order; killed anywhere, a rerun asks for the rest only.
+
+    Several processes share the work, each with the store of its machine. The first gets all rows, the others none.
+
+    Args:
+        engine: what answers; the request's own where none is given.
+
+    Raises UserError where prompts cannot be answered, after all others were and are kept.
+    """
+    here, engine = processes(), engine or engine_of(request)
+    renderer = None
+    if request.folder is not None:
+        renderer = Renderer(load_tokenizer(request.folder), max_prompt_tokens=request.max_prompt_tokens)
+    wanted = [_wanted(row, renderer, request) for row in prompts]
+    identity = engine.identity()
+    keys = [digest("rollout", identity, one.prompt_ids or _plain(one), one.seeds) for one in wanted]
+    missing = _missing(keys, wanted, store, here)
+    share = missing[here.rank :: here.count]
+    speed, trouble = _fill(store, engine, [keys[i] for i in share], [wanted[i] for i in share], request, here)
+    here.meet()
+    _raise(trouble, here)
+    _collect(keys, store, here)
+    work = Work(computed=len(missing), tokens_per_second=here.total(torch.tensor([speed])).item())
+    if not here.first:
+        return [], work
+    found, weights = store.get_many(keys), request.folder and weights_digest(request.folder)
+    rows = [
+        _row(row, one, found[key], renderer, request, weights=weights) for row, one, key in zip(prompts, wanted, keys)
+    ]
     return rows, work
 
 
+def engine_of(request: Request) -> Engine:
+    """The engine that a request names; nothing is loaded or started yet."""
+    if request.engine == "server":
+        return _Served(request)
+    from rankwise.generation import EmbeddedEngine
+
+    assert request.folder is not None, "the embedded engine wants a folder"
+    return EmbeddedEngine(
+        request.folder, request.sampling, precision=request.precision, batch_sequences=request.batch_sequences
+    )
+
+
+class _Served:
+    """The server engine; where no server runs already, one is started for the answers and stopped after them."""
+
+    version = ""
+
+    def __init__(self, request: Request):
+        self._request = request
+        folder = request.folder
+        self._source = {"name": request.name} if folder is None else {"files": _model_digests(folder)}
+
+    def identity(self) -> dict[str, Any]:
+        from rankwise.client import Endpoint
+
+        return self._engine(Endpoint(url="")).identity()  # where the server is, is no part of it
+
+    def answers(self, wanted: Sequence[Wanted]) -> Iterator[tuple[int, list[Sampled]]]:
+        from rankwise.serving import serving
+
+        asked, (environment, log) = self._request, server_environment(os.environ)
+        if asked.folder is None and not environment.get(f"{asked.prefix}_URL"):
+            raise UserError(
+                f"{asked.name!r} is no folder that a server could be started for; set {asked.prefix}_URL to one that "
+                "serves a model of this name (http://HOST:PORT/v1), or put the model's folder into data/source"
+            )
+        with serving(asked.folder or Path(), environment, prefix=asked.prefix, log=log) as endpoint:
+            engine = self._engine(endpoint)
+            with contextlib.closing(engine.answers(wanted)) as answers:
+                for index, sampled in answers:
+                    self.version = engine.version
+                    yield index, sampled
+
+    def _engine(self, endpoint: Any) -> Any:
+        from rankwise.endpoint import ServerEngine
+
+        asked = self._request
+        return ServerEngine(
+            endpoint=endpoint,
+            sampling=asked.sampling,
+            source=self._source,
+            model=asked.name,
+            ids=asked.folder is not None,
+        )
+
+
+def server_environment(environment: Mapping[str, str]) -> tuple[dict[str, str], Path]:
+    """The environment and log of a server that this process starts: its own GPU beside others, not of their launch."""
+    launch = ("LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+    whose = lambda name: name in ("RANK", "WORLD_SIZE") or name.startswith(launch)
+    own = {name: value for name, value in environment.items() if not whose(name)}
+    local = int(environment.get("LOCAL_RANK", "0"))
+    log = Path(environment.get("RANKWISE_HOME", ".rankwise")) / "logs" / f"server-{local}.log"
+    if int(environment.get("LOCAL_WORLD_SIZE", "1")) > 1 and environment.get("CUDA_VISIBLE_DEVICES") != "":
+        visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        own["CUDA_VISIBLE_DEVICES"] = visible[local] if visible != [""] else str(local)
+    return own, log
+
+
+def _model_digests(folder: Path) -> list[str]:
+    # generation_config.json may name further end tokens.
+    configured = [file_digest(path) for path in folder.glob("generation_config.json")]
+    return [weights_digest(folder), tokenizer_digest(folder), *configured]
+
+
+def with_teacher(rows: Sequence[Row], taught: Sequence[Row], *, same_tokenizer: bool) -> list[Row]:
+    """Rows with the teacher's answers behind the policy's; ids of another tokenizer would be other words, and go."""
+    kept = (lambda a: a) if same_tokenizer else (lambda a: replace(a, token_ids=None, logps=None))
+    return [
+        replace(row, answers=(*row.answers, *map(kept, other.answers))) for row, other in zip(rows, taught, strict=True)
+    ]
+
+
+def same_tokenizer(folder: Path, other: Path) -> bool:
+    """Whether the token ids of two model folders mean the same."""
+    return tokenizer_digest(folder) == tokenizer_digest(other)
+
+
+def _wanted(row: Row, renderer: Renderer | None, request: Request) -> Wanted:
+    return Wanted(
+        name=row.id,
+        prompt=row.prompt,
+        prompt_ids=() if renderer is None else renderer.render(row, ()).prompt_ids,
+        seeds=tuple(seed_of(request.seed, row.id, request.round, k) for k in range(request.k)),
+    )
+
+
+def _plain(wanted: Wanted) -> list[list[str]]:
+    """A prompt whose tokens are not known."""
+    return [[message.role, message.content] for message in wanted.prompt]
+
+
+def _length(wanted: Wanted) -> int:
+    return len(wanted.prompt_ids) or sum(len(message.content) for message in wanted.prompt)
+
+
+def _missing(keys: Sequence[str], wanted: Sequence[Wanted], store: Store, here: Processes) -> list[int]:
+    """Prompts that no process of the launch has answers to, shortest first; all get the same list."""
+    here.meet()  # each may have read weights for minutes
+    asked = here.gather(torch.tensor([int(digest(keys)[:15], 16)]))
+    if len({int(one) for one in asked}) > 1:
+        raise UserError(
+            "the processes of this launch do not want the same answers: prompts, models or params differ between "
+            "their machines; copy data/prompts, the model's folder and params.yaml from the first one to the others"
+        )
+    held = store.held(keys)
+    known = here.total(torch.tensor([float(key in held) for key in keys])).tolist()
+    return sorted((i for i, count in enumerate(known) if not count), key=lambda i: (_length(wanted[i]), i))
+
+
 def _fill(
-    store: Store, request: Request, renderer: Renderer, wanted: dict[str, tuple[str, list[int], list[int]]]
-) -> float:
-    """Sample what is wanted into the store; returns tokens a second."""
-    model = load_causal_lm(request.folder).to(device())
-    keys = list(wanted)
-    names, prompts, seeds = zip(*wanted.values())
-    fresh: dict[str, list[dict]] = {}
-    began, tokens = time.monotonic(), 0
-    with Progress(f"answers of {request.folder}", total=len(keys) * request.k, unit="answer") as progress:
-        for index, sampled in sample(
-            model,
-            prompts,
-            seeds,
-            request.sampling,
-            ends=end_tokens(model, renderer.tokenizer.eos_token_id),
-            batch_sequences=request.batch_sequences,
-            precision=request.precision,
-            names=names,
-        ):
-            fresh[keys[index]] = [asdict(one) for one in sampled]
-            tokens += sum(len(one.token_ids) for one in sampled)
-            progress.advance(request.k, **{"tokens/s": tokens / (time.monotonic() - began)})
-            if len(fresh) * request.k >= request.batch_sequences:
-                store.put_many(fresh)
-                fresh = {}
+    store: Store, engine: Engine, keys: Sequence[str], wanted: Sequence[Wanted], request: Request, here: Processes
+) -> tuple[float, UserError | None]:
+    """Sample one process's share into its store; tokens a second, and what could not be answered."""
+    if not wanted:
+        return 0.0, None
+    fresh: dict[str, Any] = {}
+    began = committed = time.monotonic()
+    tokens, trouble = 0, None
+
+    def commit() -> None:
+        nonlocal committed
         store.put_many(fresh)
-    return tokens / (time.monotonic() - began)
+        fresh.clear()
+        committed = time.monotonic()
+
+    what = f"answers of {request.folder or request.name}" + (f", share 1 of {here.count}" if here.count > 1 else "")
+    stream = None if here.first else io.StringIO()
+    with (
+        Progress(what, total=len(wanted) * request.k, unit="answer", stream=stream) as progress,
+        contextlib.closing(engine.answers(wanted)) as answers,
+    ):
+        try:
+            for index, sampled in answers:
+                fresh[keys[index]] = {"engine": engine.version, "answers": [_kept(one) for one in sampled]}
+                tokens += sum(len(one.token_ids or ()) for one in sampled)
+                progress.advance(request.k, **{"tokens/s": tokens / (time.monotonic() - began)})
+                if len(fresh) >= COMMIT_ROWS or time.monotonic() - committed >= COMMIT_S:
+                    commit()
+        except UserError as error:
+            trouble = error
+        finally:
+            commit()
+    return tokens / (time.monotonic() - began), trouble
 
 
-def _row(prompt: Row, prompt_ids: list[int], sampled: list[dict], renderer: Renderer, request: Request) -> Row:
+def _kept(sampled: Sampled) -> dict[str, Any]:
+    logps = None if sampled.logps is None else [round(logp, LOGP_DIGITS) for logp in sampled.logps]
+    return {**asdict(sampled), "logps": logps}
+
+
+def _raise(trouble: UserError | None, here: Processes) -> None:
+    """A process's trouble is raised once the others have done their share; the first speaks for those without."""
+    told = here.to_first("" if trouble is None else str(trouble))
+    if trouble is not None:
+        raise trouble
+    for rank, text in enumerate(told):
+        if text:
+            raise UserError(f"process {rank} of this launch: {text}")
+
+
+def _collect(keys: Sequence[str], store: Store, here: Processes) -> None:
+    """Bring what only other machines' stores hold into the first process's, a bounded message at a time."""
+    if here.count == 1:
+        return
+    held = store.held(keys)
+    by_rank = [mask.tolist() for mask in here.gather(torch.tensor([int(key in held) for key in keys]))]
+    lacking = [i for i in range(len(keys)) if not by_rank[0][i]]
+    for start in range(0, len(lacking), CHUNK_ROWS):
+        part = lacking[start : start + CHUNK_ROWS]
+        mine = [keys[i] for i in part if [mask[i] for mask in by_rank].index(1) == here.rank]
+        for values in here.to_first(store.get_many(mine)):
+            store.put_many(values)
+
+
+def _row(
+    row: Row, wanted: Wanted, value: dict, renderer: Renderer | None, request: Request, *, weights: str | None
+) -> Row:
     answers = tuple(
         Answer(
-            text=renderer.answer_text(prompt_ids, one["token_ids"]),
+            text=cut(_text(one, wanted, renderer), request.sampling.stop),
             source=request.source,
-            token_ids=tuple(one["token_ids"]),
+            token_ids=_tuple(one["token_ids"]),
             finish_reason=one["finish_reason"],
             seed=one["seed"],
-            logp=one["logp"],
+            logps=_tuple(one["logps"]),
+            engine=value["engine"],
         )
-        for one in sampled
+        for one in value["answers"]
     )
-    return Row(id=prompt.id, prompt=prompt.prompt, answers=answers, meta=prompt.meta)
+    known = {} if weights is None else {"sampled_from": sampled_from(weights, wanted.prompt_ids)}
+    return Row(id=row.id, prompt=row.prompt, answers=answers, meta={**row.meta, **known})
+
+
+def _text(one: dict, wanted: Wanted, renderer: Renderer | None) -> str:
+    """What the tokens say, whichever engine they are from; where there are none, what the engine said."""
+    if renderer is None or one["token_ids"] is None:
+        return one["text"]
+    return renderer.answer_text(wanted.prompt_ids, one["token_ids"])
+
+
+def _tuple(values: list | None) -> tuple | None:
+    return None if values is None else tuple(values)
+
+
+def cut(text: str, stops: Iterable[str]) -> str:
+    """Text before the first stop string in it."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places, default=len(text))]

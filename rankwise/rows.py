@@ -28,7 +28,8 @@ _ANSWER = pa.struct(
         ("token_ids", pa.list_(pa.int32())),
         ("finish_reason", pa.string()),
         ("seed", pa.int64()),
-        ("logp", pa.float64()),
+        ("logps", pa.list_(pa.float32())),
+        ("engine", pa.string()),
     ]
 )
 SCHEMA = pa.schema(
@@ -61,7 +62,11 @@ def read_rows(path: Path) -> list[Row]:
     Raises UserError where the file is missing or is not such a table.
     """
     table = read_table(path)
-    if missing := [name for name in SCHEMA.names if name not in table.column_names]:
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    if not missing:
+        held = {part.name for part in table.schema.field("answers").type.value_type}
+        missing = [f"answers.{part.name}" for part in _ANSWER if part.name not in held]
+    if missing:
         raise UserError(
             f"{path}: columns {missing} are missing (found {table.column_names}); "
             "this is not a table of rows: rebuild it with the stage that makes it"
@@ -123,5 +128,5 @@ def _row(record: dict) -> Row:
 
 
 def _answer(record: dict) -> Answer:
-    ids = record["token_ids"]
-    return Answer(**{**record, "token_ids": None if ids is None else tuple(ids)})
+    lists = {name: None if record[name] is None else tuple(record[name]) for name in ("token_ids", "logps")}
+    return Answer(**{**record, **lists})

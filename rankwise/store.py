@@ -49,13 +49,11 @@ class Store:
 
     def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
         """The values of those keys that are there."""
-        found: dict[str, Any] = {}
-        for part in _parts(list(keys), LOOKUP):
-            marks = ",".join("?" * len(part))
-            query = f"SELECT key, value FROM rows WHERE key IN ({marks})"
-            with self._told():
-                found.update((key, json.loads(value)) for key, value in self._db.execute(query, part))
-        return found
+        return {key: json.loads(value) for key, value in self._select("key, value", keys)}
+
+    def held(self, keys: Iterable[str]) -> set[str]:
+        """Those keys that are there."""
+        return {key for (key,) in self._select("key", keys)}
 
     def put_many(self, rows: Mapping[str, Any]) -> None:
         """Add rows in one transaction; on return they survive a kill. A key already there keeps its value."""
@@ -64,6 +62,12 @@ class Store:
                 "INSERT OR IGNORE INTO rows VALUES (?, ?)",
                 [(key, json.dumps(value, ensure_ascii=False)) for key, value in rows.items()],
             )
+
+    def _select(self, columns: str, keys: Iterable[str]) -> Iterator[tuple]:
+        for part in _parts(list(keys), LOOKUP):
+            marks = ",".join("?" * len(part))
+            with self._told():
+                yield from self._db.execute(f"SELECT {columns} FROM rows WHERE key IN ({marks})", part)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

@@ -44,7 +44,9 @@ class Answer:
     token_ids: tuple[int, ...] | None = None  # as sampled, end-of-sequence token included if it came
     finish_reason: str | None = None  # "stop" (ended by itself) | "length" (cut) | None (not sampled)
     seed: int | None = None  # the sampling seed of this answer
-    logp: float | None = None  # sum of sampling log-probs, nats; never stands in for the reference's own
+    # one a token: sampling log-probs at temperature 1, nats; they never stand in for the reference's own
+    logps: tuple[float, ...] | None = None
+    engine: str | None = None  # program and release that sampled it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Stage evaluate: the policy against its reference on held-out prompts: reward, win rate, KL, lengths, diversity.
 
-Both models answer the same prompts with the same seeds. `judge` is the judge that made the training labels; `gold`
-is another one that training never saw (the generator's ground truth on the embedded default).
+Both models answer the same prompts with the same seeds; several processes (torchrun) share the prompts. `judge` is
+the judge that made the training labels; `gold` is another one that training never saw (the generator's ground truth on
+the embedded default).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from rankwise.types import Row, UserError, show_prompt
 from tasks.judges import JudgeParams, make_judge
 from tasks.params import param
 from tasks.rollouts import SamplingParams, request
-from tasks.stage import Stage, main, read_json
+from tasks.stage import Stage, is_first_rank, main, read_json
 
 if TYPE_CHECKING:
     from rankwise.evaluation import Estimate
@@ -57,9 +58,11 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
             "prompts.eval_share keep some back"
         )
     answers = _answers(prompts, params, paths, stage)
+    if not is_first_rank():
+        return
     metrics: dict[str, Any] = {"prompts": len(prompts), **_texts(answers), "kl": _kl(answers["policy"], params, paths)}
-    if (params.temperature, params.top_p, params.top_k) != (1.0, 1.0, 0):
-        stage.log("kl and objective_e1 are of answers drawn with temperature, top_p or top_k, not of the model itself")
+    if other := _not_its_own(params):
+        stage.log(f"kl and objective_e1 are of answers drawn with {', '.join(other)}, not of the model itself")
     scores = {}
     for name, judge_params in (("judge", params.judge), ("gold", params.gold)):
         if judge_params is not None and not _nothing_trained(judge_params, paths):
@@ -127,21 +130,28 @@ def _answers(prompts: Sequence[Row], params: Params, paths: Paths, stage: Stage)
     answers = {}
     with Store(stage.store("rollouts")) as store:
         for model, folder in zip(MODELS, (paths.policy, paths.sft)):
-            answers[model], _ = sample_rows(prompts, request(folder, params, k=1, source=model), store)
+            asked = request(folder, params, k=1, source=model, prefix=f"RANKWISE_{model.upper()}")
+            answers[model], _ = sample_rows(prompts, asked, store)
     return answers
+
+
+def _not_its_own(params: Params) -> list[str]:
+    """The settings under which answers are not draws from the model's own distribution."""
+    rest = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    return [name for name, value in rest.items() if getattr(params, name) != value]
 
 
 def _kl(rows: Sequence[Row], params: Params, paths: Paths) -> dict[str, float]:
     """KL(π‖π_ref) a sequence, nats: mean of log π − log π_ref over answers drawn from the policy."""
     from rankwise.evaluation import mean
 
-    policy, reference = (_logps(rows, folder, params) for folder in (paths.policy, paths.sft))
-    tokens = [len(row.answers[0].token_ids) for row in rows]
+    (policy, tokens), (reference, _) = (_logps(rows, folder, params) for folder in (paths.policy, paths.sft))
     gaps = [p - r for p, r in zip(policy, reference)]
-    return {**mean(gaps).as_dict(), "per_token": sum(gaps) / sum(tokens)}
+    return {**mean(gaps).as_dict(), "per_token": sum(gaps) / tokens}
 
 
-def _logps(rows: Sequence[Row], folder: Path, params: Params) -> list[float]:
+def _logps(rows: Sequence[Row], folder: Path, params: Params) -> tuple[list[float], int]:
+    """Σ log-probs of each row's answer under a model, nats; and the tokens of all answers together."""
     import torch
 
     from rankwise.batching import micro_batches
@@ -157,7 +167,7 @@ def _logps(rows: Sequence[Row], folder: Path, params: Params) -> list[float]:
         for part in micro_batches(rendered, max_tokens=8192, cost=module.cost):
             sums = module(module.batch(part, 0).to(device())).sum_A.tolist()
             found |= dict(zip((row.id for row in part), sums))
-    return [found[row.id] for row in rows]
+    return [found[row.id] for row in rows], sum(len(row.answers_ids[0]) for row in rendered)
 
 
 def _nothing_trained(params: JudgeParams, paths: Paths) -> bool:
@@ -241,8 +251,10 @@ def _show(prompts, answers, scores: dict[str, Judged], metrics: dict, stage: Sta
     # The most lost first: what a reviewer wants to see before agreeing.
     keys = [f"{name}: policy better by" for name in scores]
     stage.tracker.table("samples", sorted(table, key=lambda r: r[keys[-1]] if keys else 0)[:SAMPLE_ROWS])
-    lengths = {m: [len(row.answers[0].token_ids) for row in rows] for m, rows in answers.items()}
-    plots.length_histogram(lengths["policy"], lengths["reference"], stage.plots / "lengths.png")
+    sampled = {m: [row.answers[0].token_ids for row in rows] for m, rows in answers.items()}
+    lengths = {m: [len(ids) for ids in mine if ids is not None] for m, mine in sampled.items()}
+    if all(lengths.values()):  # some servers give text alone
+        plots.length_histogram(lengths["policy"], lengths["reference"], stage.plots / "lengths.png")
     if win_rates := metrics.get("win_rate"):
         plots.win_rates([{"name": name, **found} for name, found in win_rates.items()], stage.plots / "win_rates.png")
     for name, judged in scores.items():

@@ -11,12 +11,12 @@ import importlib
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any, Literal
 
 import yaml
 
-from tasks.params import default_of
+from tasks.params import default_of, section_of
 from tasks.recipe import STAGES
 from tasks.sources import File
 
@@ -68,10 +68,11 @@ def _rows(params_type: type, prefix: str = "", given: Any = None) -> Iterator[tu
         # A section may come with values of its own, as evaluate.gold does.
         default = default_of(spec) if given is None else getattr(given, spec.name)
         name, doc = prefix + spec.name, spec.metadata["doc"]
-        if is_dataclass(default):
+        if section := section_of(hints[spec.name]):
             optional = types.NoneType in typing.get_args(hints[spec.name])
-            yield f"`{name}`", "section or null" if optional else "section", "", "", doc
-            yield from _rows(type(default), f"{name}.", default)
+            kind, absent = "section or null" if optional else "section", "`null`" if default is None else ""
+            yield f"`{name}`", kind, absent, "", doc
+            yield from _rows(section, f"{name}.", section() if default is None else default)
         else:
             yield f"`{name}`", type_name(hints[spec.name]), f"`{_value(default)}`", bounds(spec.metadata), doc
 

@@ -86,12 +86,14 @@ def default_of(spec: Field) -> Any:
     return spec.default if spec.default is not MISSING else spec.default_factory()
 
 
+def section_of(hint: Any) -> type | None:
+    """The dataclass of a parameter that is a section, or a section or null; None of any other."""
+    return next((option for option in (hint, *typing.get_args(hint)) if is_dataclass(option)), None)
+
+
 def _check(hint: Any, value: Any, spec: Field, *, where: str) -> Any:
-    if is_dataclass(hint):
-        return build(hint, value, where=where)
-    nested = next((option for option in typing.get_args(hint) if is_dataclass(option)), None)
-    if nested is not None:
-        return None if value is None else build(nested, value, where=where)
+    if (section := section_of(hint)) is not None:
+        return None if value is None and not is_dataclass(hint) else build(section, value, where=where)
     if not _fits(hint, value):
         raise UserError(f"{where}: {_spell(hint)} was expected, found {value!r}{_exponent_hint(hint, value)}")
     if hint is float and isinstance(value, int):

@@ -90,14 +90,57 @@ def reward_histogram(
 
 def length_histogram(
     policy: Sequence[float],
-    reference: Sequence[float] | None,
+    reference: Sequence[float],
     path: Path,
     *,
     title: str = "Answer lengths: does the policy win by writing more?",
     unit: str = "tokens an answer",
 ) -> None:
-    """Answer lengths with their mean; beside the reference's, over the same bins, where there is one."""
+    """Answer lengths with their mean beside the reference's, over the same bins."""
     _histograms(policy, reference, path, title=title, unit=unit, digits=1)
+
+
+def answers(
+    ended: Sequence[int], cut: Sequence[int], different: Sequence[int], path: Path, *, k: int, title: str
+) -> None:
+    """Sampled answers: their lengths, how they ended, and how many of a prompt's K say something of their own.
+
+    Args:
+        ended: tokens of each answer that ended by itself.
+        cut: tokens of each answer that the length limit ended.
+        different: different answers among the K, one number a prompt; drawn where some prompt lacks one.
+    """
+    repeated = min(different) < k
+    with _figure(path, title, columns=2 if repeated else 1) as axes:
+        _lengths_by_end(axes[0], ended, cut)
+        if repeated:
+            places = range(1, k + 1)
+            shares = [100 * sum(n == place for n in different) / len(different) for place in places]
+            axes[1].bar(places, shares, color=[ORANGE] * (k - 1) + [BLUE], alpha=0.6)
+            axes[1].set(title="Different answers to a prompt", xlabel=f"of K = {k}", ylabel="% of prompts")
+            axes[1].set_xticks(list(places))
+            axes[1].grid(axis="x", visible=False)
+
+
+def _lengths_by_end(axis: Any, ended: Sequence[int], cut: Sequence[int]) -> None:
+    longest, count = max([*ended, *cut]), len(ended) + len(cut)
+    step = -(-(longest + 1) // 40)  # whole tokens a bar, 40 bars at most
+    edges = [step * n - 0.5 for n in range(longest // step + 2)]
+    parts = ((ended, f"ended by itself: {len(ended) / count:.1%}", BLUE), (cut, f"cut: {len(cut) / count:.1%}", ORANGE))
+    shown = [part for part in parts if part[0]]
+    axis.hist(
+        [lengths for lengths, _, _ in shown],
+        edges,
+        weights=[[100 / count] * len(lengths) for lengths, _, _ in shown],
+        color=[colour for _, _, colour in shown],
+        label=[label for _, label, _ in shown],
+        stacked=True,
+        alpha=0.6,
+    )
+    mean = (sum(ended) + sum(cut)) / count
+    axis.axvline(mean, color=GREY, linestyle="--", label=f"mean {mean:.1f}")
+    axis.set(title="Lengths", xlabel="tokens an answer", ylabel="% of answers")
+    axis.legend()
 
 
 def win_rates(rows: list[dict[str, Any]], path: Path, *, title: str = "Win rate of the policy") -> None:
@@ -123,15 +166,13 @@ def win_rates(rows: list[dict[str, Any]], path: Path, *, title: str = "Win rate 
 
 
 def _histograms(
-    policy: Sequence[float], reference: Sequence[float] | None, path: Path, *, title: str, unit: str, digits: int
+    policy: Sequence[float], reference: Sequence[float], path: Path, *, title: str, unit: str, digits: int
 ) -> None:
-    everything = [*policy, *(reference or ())]
+    everything = [*policy, *reference]
     low, high = min(everything), max(everything)
     edges = [low + (high - low or 1.0) * index / 30 for index in range(31)]
     with _figure(path, title) as (axis,):
         for values, name, colour in ((reference, "reference", ORANGE), (policy, "policy", BLUE)):
-            if values is None:
-                continue
             mean = sum(values) / len(values)
             weights = [100 / len(values)] * len(values)
             axis.hist(

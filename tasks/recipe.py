@@ -15,6 +15,7 @@ import difflib
 import importlib
 import os
 import sys
+import typing
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ import yaml
 
 from rankwise.rows import write_aside
 from rankwise.types import UserError
-from tasks.params import build, default_of, read_yaml
+from tasks.params import build, read_yaml, section_of
 
 # In the order of the pipeline.
 STAGES = (
@@ -82,7 +83,12 @@ def merged(default: Any, overlay: Any) -> Any:
     """A params dataclass with a recipe's values over it, as plain values: sections merge, anything else is replaced."""
     if not is_dataclass(default) or not isinstance(overlay, dict):
         return _plain(default) if overlay is _ABSENT else overlay
-    own = {spec.name: merged(getattr(default, spec.name), overlay.get(spec.name, _ABSENT)) for spec in fields(default)}
+    hints, own = typing.get_type_hints(type(default)), {}
+    for spec in fields(default):
+        value, given = getattr(default, spec.name), overlay.get(spec.name, _ABSENT)
+        if value is None and isinstance(given, dict) and (section := section_of(hints[spec.name])):
+            value = section()  # null by default: the recipe's values go over the section's own
+        own[spec.name] = merged(value, given)
     return {**own, **{key: value for key, value in overlay.items() if key not in own}}
 
 
@@ -108,12 +114,12 @@ def _plain(value: Any) -> Any:
 
 
 def _lines(params_type: type, values: dict[str, Any], indent: str) -> list[str]:
-    lines = []
+    lines, hints = [], typing.get_type_hints(params_type)
     for spec in fields(params_type):
-        value, default = values[spec.name], default_of(spec)
-        if is_dataclass(default) and value is not None:
+        value, section = values[spec.name], section_of(hints[spec.name])
+        if section and value is not None:
             lines.append(_commented(f"{indent}{spec.name}:", spec.metadata["doc"]))
-            lines += _lines(type(default), value, indent + "  ")
+            lines += _lines(section, value, indent + "  ")
         elif isinstance(value, list) and value:
             lines.append(_commented(f"{indent}{spec.name}:", spec.metadata["doc"]))
             lines += [f"{indent}- {_scalar(item)}" for item in value]

@@ -1,20 +1,31 @@
 """Stage reference_logprobs: what the frozen reference thinks of every ranked answer; computed once, kept by row.
 
-A change of learning rate, β or loss recomputes nothing. Several processes (torchrun) share the rows.
+A change of learning rate, β or loss recomputes nothing. Several processes (torchrun) share the rows. Where answers
+carry log-probabilities of their sampling, and the reference is what sampled them, the two must agree: a server that
+served other weights is found here.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rankwise.rows import read_rows, write_table
-from rankwise.types import UserError
+from rankwise.types import Row, UserError
 from tasks.params import param
 from tasks.stage import Stage, is_first_rank, main
+
+if TYPE_CHECKING:
+    from rankwise.reference import Scored
+    from rankwise.rendering import TokenRow
+
+# Nats a token between the sampling engine's log-probabilities and the reference's, over all answers. Chosen to be far
+# above an engine's rounding, whatever its precision, and not measured; nearly equal weights pass under it.
+MOST_GAP = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +95,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     if is_first_rank():
         write_table(paths.reference, table.replace_schema_metadata(meta))
     tokens = sum(sum(one.tokens) for one in scored)
+    gaps = _sampling_gaps(ranked, rows, scored, weights)
     stage.tracker.dataset(paths.preferences, "preferences")
     stage.finish(
         {
@@ -93,8 +105,43 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
             "logp_per_token": sum(sum(one.logps) for one in scored) / tokens,
             "cut_tokens": sum(row.cut_tokens for row in rows),
             "boundary_merges": sum(row.boundary_merges for row in rows),
+            **gaps,
         }
     )
+    if gaps and gaps["sampling_gap_mean"] > MOST_GAP:
+        raise UserError(
+            f"the answers' sampling log-probs and the reference's own differ by {gaps['sampling_gap_mean']:.3g} nats a "
+            f"token over {gaps['sampling_gap_answers']} answers (the limit is {MOST_GAP}): what sampled "
+            f"them was not {paths.model}. Most likely a server still had other weights: restart it with {paths.model}, "
+            "set another rollouts.seed (the store keeps these answers under theirs), and run stage rollouts again"
+        )
+
+
+def _sampling_gaps(
+    ranked: Sequence[Row], rows: Sequence[TokenRow], scored: Sequence[Scored], weights: str
+) -> dict[str, float]:
+    """|Σ log π_sampling − Σ log π_ref| a token; empty where no answer can be compared.
+
+    Compared are answers that were drawn after these very prompt tokens from a model folder with these very weights (so
+    not those of another round's policy, of a teacher, or of a prompt cut elsewhere), and that the reference saw whole.
+    Both sides are at temperature 1 over the whole vocabulary, whatever the answers were drawn with.
+    """
+    from rankwise.fingerprint import sampled_from
+
+    gaps: list[tuple[float, int]] = []
+    for row, tokens, one in zip(ranked, rows, scored, strict=True):
+        if row.meta.get("sampled_from") != sampled_from(weights, tokens.prompt_ids):
+            continue
+        for answer, ids, logp in zip(row.answers, tokens.answers_ids, one.logps, strict=True):
+            if answer.source == "policy" and answer.logps and answer.token_ids == ids:
+                gaps.append((abs(sum(answer.logps) - logp), len(ids)))
+    if not gaps:
+        return {}
+    return {
+        "sampling_gap_mean": sum(gap for gap, _ in gaps) / sum(count for _, count in gaps),
+        "sampling_gap_max": max(gap / count for gap, count in gaps),
+        "sampling_gap_answers": len(gaps),
+    }
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""Stage rollouts: K answers a prompt, sampled from the SFT model; a rerun pays only for what is missing."""
+"""Stage rollouts: K answers a prompt, sampled from the SFT model; a rerun pays only for what is missing.
+
+A teacher may add answers of its own. Several processes (torchrun) share the prompts.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rankwise.rows import read_rows, write_rows
 from rankwise.types import Row, UserError, show_prompt
 from tasks.params import param
-from tasks.stage import Stage, main
+from tasks.stage import Stage, is_first_rank, main
 
 if TYPE_CHECKING:
     from rankwise.rollouts import Request
@@ -20,105 +24,250 @@ SAMPLE_ROWS = 50  # rows shown in the tracker
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How answers are drawn; shared with evaluate."""
+    """What answers, and how answers are drawn; shared with evaluate and the teacher."""
 
+    engine: Literal["embedded", "server"] = param(
+        "embedded", "embedded: in this process; server: vLLM or another OpenAI-compatible one (docs/operate.md)"
+    )
     max_new_tokens: int = param(64, "longest answer, tokens", ge=1)
     max_prompt_tokens: int = param(0, "a longer prompt loses its beginning; 0 is no limit", ge=0)
     temperature: float = param(1.0, "0 is greedy, 1 the model's own distribution", ge=0)
     top_p: float = param(1.0, "smallest set of tokens whose probability reaches this", gt=0, le=1)
     top_k: int = param(0, "this many likeliest tokens; 0 is all", ge=0)
+    min_p: float = param(0.0, "tokens at least this share of the likeliest one's probability; 0 is all", ge=0, le=1)
+    repetition_penalty: float = param(1.0, "above 1, tokens of the prompt and of the answer so far come less", gt=0)
+    stop: list[str] = param(list, "an answer ends where its text holds one of these; the text is cut before it")
+    stop_token_ids: list[int] = param(list, "an answer ends with one of these, beside the model's own end tokens")
     seed: int = param(0, "seed of the answers")
-    precision: Literal["fp32", "medium", "bf16"] = param("fp32", "numerics of the forward pass")
-    batch_sequences: int = param(256, "answers decoded together", ge=1)
+    precision: Literal["fp32", "medium", "bf16"] = param("fp32", "numerics of the embedded engine's forward pass")
+    batch_sequences: int = param(256, "answers that the embedded engine decodes together", ge=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherParams(SamplingParams):
+    """A larger model whose answers stand beside the policy's."""
+
+    model: str = param("", "a folder below data/source, or the name that RANKWISE_TEACHER_URL serves it under")
+    k: int = param(1, "answers a prompt", ge=1)
+    seed: int = param(1, "seed of the answers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Params(SamplingParams):
-    k: int = param(4, "answers a prompt", ge=2)
+    k: int = param(4, "answers a prompt", ge=1)
+    teacher: TeacherParams | None = param(None, "a larger model that answers too (aSFT); null: none")
     max_cut_share: float = param(0.2, "stop when more than this share of answers hit max_new_tokens", ge=0, le=1)
+    max_empty_share: float = param(0.05, "stop when more than this share of answers are empty or blank", ge=0, le=1)
+    max_duplicate_share: float = param(
+        0.5, "stop when more than this share of answers, first ones left out, repeat one of their row", ge=0, le=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paths:
     prompts: Path = Path("data/prompts")
+    source: Path = Path("data/source")
     model: Path = Path("models/sft")
     rollouts: Path = Path("data/rollouts.parquet")
     report: Path = Path("reports/rollouts")
 
 
 def run(params: Params, paths: Paths, stage: Stage) -> None:
-    from rankwise.rollouts import sample_rows
-    from rankwise.store import Store
-    from tasks.plots import length_histogram
-
     table = paths.prompts / "rollout.parquet"
     prompts = read_rows(table)
     if not prompts:
-        write_rows(paths.rollouts, [])
+        if is_first_rank():
+            write_rows(paths.rollouts, [])
         stage.log(f"{table} holds no prompt: the preferences are imported, nothing is sampled")
         stage.finish({"prompts": 0})
         return
-    with Store(stage.store("rollouts")) as store:
-        rows, work = sample_rows(prompts, request(paths.model, params, k=params.k), store)
-    stage.timings["tokens_per_second"] = work.tokens_per_second
-    stage.log(f"{work.computed} of {len(rows)} prompts answered now, the rest were in the store")
-    metrics = summary(rows)
+    requests = _requests(params, paths)
+    answered = _sample(prompts, requests, stage)
+    if not is_first_rank():
+        return
+    rows = _together(answered, requests)
     write_rows(paths.rollouts, rows)
+    metrics = _report(answered, requests, stage)
     stage.tracker.dataset(table, "prompts")
     stage.tracker.table("rollouts", [_shown(row) for row in rows[:SAMPLE_ROWS]])
-    length_histogram(_lengths(rows), None, stage.plots / "lengths.png", title="Lengths of the sampled answers")
     stage.finish(metrics)
-    if metrics["cut_share"] > params.max_cut_share:
-        raise UserError(
-            f"{metrics['cut_share']:.1%} of the answers were cut at rollouts.max_new_tokens = {params.max_new_tokens}, "
-            f"more than rollouts.max_cut_share = {params.max_cut_share:.1%} allows; a judge would rank fragments. "
-            "Raise max_new_tokens, see in reports/doctor whether the SFT data ends in EOS, or raise the threshold"
-        )
+    _check(metrics, params, "rollouts")
+    if params.teacher is not None:
+        _check(metrics["teacher"], params, "rollouts.teacher")
 
 
-def request(folder: Path, params: SamplingParams, *, k: int, source: str = "policy") -> Request:
-    """These parameters as a request to one model."""
-    from rankwise.generation import Sampling
+def request(
+    folder: Path | None, params: SamplingParams, *, k: int, source: str, prefix: str, name: str | None = None
+) -> Request:
+    """These parameters as a request to one model; prefix is that of the variables that say where its server is.
+
+    Raises UserError on a stop string without a character, which every answer would hold.
+    """
     from rankwise.rollouts import Request
+    from rankwise.sampling import Sampling
 
+    if "" in params.stop:
+        raise UserError('stop: "" is in every text, so every answer would be empty; remove it')
+    named = {spec.name: getattr(params, spec.name) for spec in fields(Sampling)}
     return Request(
+        engine=params.engine,
         folder=folder,
-        sampling=Sampling(
-            max_new_tokens=params.max_new_tokens,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-        ),
+        sampling=Sampling(**{name: tuple(v) if isinstance(v, list) else v for name, v in named.items()}),
         k=k,
         seed=params.seed,
         max_prompt_tokens=params.max_prompt_tokens,
         precision=params.precision,
         source=source,
+        prefix=prefix,
+        name=name,
         batch_sequences=params.batch_sequences,
     )
 
 
-def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """Lengths, finish reasons, diversity and duplicates of the answers."""
+def _requests(params: Params, paths: Paths) -> dict[str, Request]:
+    """The policy's request, and the teacher's where there is one."""
+    teacher = params.teacher
+    if params.k + (teacher.k if teacher else 0) < 2:
+        raise UserError(
+            f"rollouts.k is {params.k} and there is no teacher: one answer a prompt cannot be ranked; set rollouts.k "
+            "to at least 2, or name a rollouts.teacher"
+        )
+    found = {"policy": request(paths.model, params, k=params.k, source="policy", prefix="RANKWISE_ROLLOUTS")}
+    if teacher is not None:
+        folder = _teacher(teacher, paths)
+        name = teacher.model if folder is None else None
+        found["teacher"] = request(folder, teacher, k=teacher.k, source="teacher", prefix="RANKWISE_TEACHER", name=name)
+    return found
+
+
+def _teacher(teacher: TeacherParams, paths: Paths) -> Path | None:
+    """The teacher's folder; None where a server knows it by its name alone."""
+    folder = paths.source / teacher.model
+    if teacher.model and (folder / "config.json").is_file():
+        return folder
+    if not teacher.model or teacher.engine != "server":
+        raise UserError(
+            f"rollouts.teacher.model: {teacher.model!r} is no model: {folder}/config.json is missing. Put the folder "
+            f"into {paths.source}, or set rollouts.teacher.engine to server and RANKWISE_TEACHER_URL to one that "
+            "serves a model of this name"
+        )
+    if teacher.max_prompt_tokens:
+        raise UserError(
+            f"rollouts.teacher.max_prompt_tokens is {teacher.max_prompt_tokens}, and the tokens of {teacher.model!r} "
+            f"are known to its server alone: set it to 0, or put the model's folder into {paths.source}"
+        )
+    return None
+
+
+def _sample(prompts: Sequence[Row], requests: dict[str, Request], stage: Stage) -> dict[str, list[Row]]:
+    """Rows of answers for each source; empty on all processes of a launch but the first."""
+    from rankwise.rollouts import sample_rows
+    from rankwise.store import Store
+
+    answered = {}
+    with Store(stage.store("rollouts")) as store:
+        for source, asked in requests.items():
+            answered[source], work = sample_rows(prompts, asked, store)
+            whose = "" if source == "policy" else f" by the {source}"
+            stage.log(f"{work.computed} of {len(prompts)} prompts answered now{whose}, the rest were in the store")
+            stage.timings[f"{source}_prompts_computed"] = work.computed
+            stage.timings[f"{source}_tokens_per_second"] = work.tokens_per_second
+    return answered
+
+
+def _together(answered: dict[str, list[Row]], requests: dict[str, Request]) -> list[Row]:
+    from rankwise.rollouts import same_tokenizer, with_teacher
+
+    if "teacher" not in requests:
+        return answered["policy"]
+    theirs = requests["teacher"].folder
+    same = theirs is not None and same_tokenizer(requests["policy"].folder, theirs)
+    return with_teacher(answered["policy"], answered["teacher"], same_tokenizer=same)
+
+
+def _report(answered: dict[str, list[Row]], requests: dict[str, Request], stage: Stage) -> dict[str, Any]:
+    """Figures, and the numbers of metrics.json: the policy's, and in a section of its own the teacher's."""
+    from rankwise.checkpoints import load_tokenizer
+
+    found = {}
+    for source, rows in answered.items():
+        folder = requests[source].folder
+        found[source] = summary(rows, eos=folder and load_tokenizer(folder).eos_token_id)
+        _draw(rows, stage.plots / f"{source}.png", title=f"The {source}'s answers")
+    return {**found.pop("policy"), **found}
+
+
+def _draw(rows: Sequence[Row], path: Path, *, title: str) -> None:
+    from tasks import plots
+
+    known = [answer for row in rows for answer in row.answers if answer.token_ids is not None]
+    if not known:  # a server that gives text alone
+        return
+    ended, cut = ([len(a.token_ids) for a in known if a.finish_reason == reason] for reason in ("stop", "length"))
+    plots.answers(ended, cut, _different(rows), path, k=len(rows[0].answers), title=title)
+
+
+def _different(rows: Sequence[Row]) -> list[int]:
+    """How many of a row's answers differ, blanks at their ends aside."""
+    return [len({answer.text.strip() for answer in row.answers}) for row in rows]
+
+
+def summary(rows: Sequence[Row], *, eos: int | None) -> dict[str, Any]:
+    """Lengths, finish reasons, diversity, duplicates, and what engines left out.
+
+    Args:
+        eos: the end token of the tokenizer that the answers' ids are of; None where that is not known.
+    """
     from rankwise.evaluation import distinct_n
 
     answers = [answer for row in rows for answer in row.answers]
-    texts, lengths = [answer.text for answer in answers], sorted(_lengths(rows))
+    texts, different = [answer.text for answer in answers], _different(rows)
+    lengths = sorted(len(answer.token_ids) for answer in answers if answer.token_ids is not None)
+    share = lambda hits: sum(hits) / len(answers)
     return {
         "prompts": len(rows),
         "answers": len(answers),
-        "cut_share": sum(answer.finish_reason == "length" for answer in answers) / len(answers),
-        "empty_share": sum(not text.strip() for text in texts) / len(texts),
-        "rows_with_duplicates": sum(len({a.text for a in row.answers}) < len(row.answers) for row in rows),
-        "tokens_mean": sum(lengths) / len(lengths),
-        "tokens_p95": lengths[int(0.95 * (len(lengths) - 1))],
+        "finish_reasons": dict(sorted(Counter(answer.finish_reason for answer in answers).items())),
+        "cut_share": share(answer.finish_reason == "length" for answer in answers),
+        "eos_share": share(bool(answer.token_ids) and answer.token_ids[-1] == eos for answer in answers),
+        "empty_share": share(not text.strip() for text in texts),
+        # Of the answers after the first of their row: 0 where all differ, 1 where each row says one thing, whatever K.
+        "duplicate_share": (len(answers) - sum(different)) / max(1, len(answers) - len(rows)),
+        "rows_with_duplicates": sum(n < len(row.answers) for n, row in zip(different, rows)),
+        "rows_all_alike": sum(n == 1 < len(row.answers) for n, row in zip(different, rows)),
+        "tokens_mean": sum(lengths) / len(lengths) if lengths else 0.0,
+        "tokens_p95": lengths[int(0.95 * (len(lengths) - 1))] if lengths else 0,
         "distinct_1": distinct_n(texts, 1),
         "distinct_2": distinct_n(texts, 2),
+        "without_token_ids": sum(answer.token_ids is None for answer in answers),
+        "without_logps": sum(answer.logps is None for answer in answers),
+        "engines": dict(sorted(Counter(answer.engine for answer in answers).items())),
     }
 
 
-def _lengths(rows: Sequence[Row]) -> list[int]:
-    return [len(answer.token_ids) for row in rows for answer in row.answers]
+def _check(metrics: dict[str, Any], params: Params, section: str) -> None:
+    """Raise UserError where answers are not worth a judge's time."""
+    asked = params if section == "rollouts" else params.teacher
+    many = f"of {metrics['answers']} answers by the {'policy' if asked is params else 'teacher'}"
+    if metrics["cut_share"] > params.max_cut_share:
+        raise UserError(
+            f"{metrics['cut_share']:.1%} {many} were cut at {section}.max_new_tokens = {asked.max_new_tokens}, more "
+            f"than rollouts.max_cut_share = {params.max_cut_share:.1%} allows; a judge would rank fragments. Raise "
+            "max_new_tokens, see in reports/doctor whether the SFT data ends in EOS, or raise the threshold"
+        )
+    if metrics["empty_share"] > params.max_empty_share:
+        raise UserError(
+            f"{metrics['empty_share']:.1%} {many} are empty or blank, more than rollouts.max_empty_share = "
+            f"{params.max_empty_share:.1%} allows. Look for empty answers in the SFT data (reports/doctor), for stop "
+            f"strings and tokens that come at once ({section}.stop, .stop_token_ids), or raise the threshold"
+        )
+    if metrics["duplicate_share"] > params.max_duplicate_share:
+        raise UserError(
+            f"{metrics['duplicate_share']:.1%} {many}, the first of each prompt left out, repeat another one to the "
+            f"same prompt, more than rollouts.max_duplicate_share = {params.max_duplicate_share:.1%} allows; equal "
+            f"answers tie and teach nothing. Raise {section}.temperature ({asked.temperature:g}), loosen top_p, top_k "
+            f"or min_p, lower {section}.k ({asked.k}), or raise the threshold"
+        )
 
 
 def _shown(row: Row) -> dict[str, str]:

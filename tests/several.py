@@ -207,11 +207,17 @@ TWO_HERE = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def launch(
-    folder: Path, call: str, *, module: tuple[str, ...] = TWO_HERE, prefix: tuple[str, ...] = (), **environment: str
+    folder: Path,
+    call: str,
+    *,
+    of: str = "several",
+    module: tuple[str, ...] = TWO_HERE,
+    prefix: tuple[str, ...] = (),
+    **environment: str,
 ) -> subprocess.Popen:
-    """A launcher's processes, each calling a function of this module on a folder; both streams in one pipe."""
+    """A launcher's processes, each calling a function of a test module on a folder; both streams in one pipe."""
     script = folder / f"{call}.py"
-    script.write_text(f"from pathlib import Path\nimport several\nseveral.{call}(Path({str(folder)!r}))\n")
+    script.write_text(f"from pathlib import Path\nimport {of}\n{of}.{call}(Path({str(folder)!r}))\n")
     here = str(Path(__file__).parent)
     path = os.pathsep.join([here, str(Path(here).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ import pytest
 import tiny
 import yaml
 
-from rankwise.rows import write_rows
+from rankwise.rows import read_rows, write_rows
 from rankwise.store import Store
 from tasks.tables import TABLES
 
@@ -86,7 +87,20 @@ PARAMETERS = {  # what is done to params.yaml, the stage that is run, words of i
         "dpo",
         ("dpo.loss: one of 'plackett_luce', 'ipo' was expected",),
     ),
-    "K = 1": (lambda p: p["rollouts"].update(k=1), "rollouts", ("rollouts.k: must be at least 2, found 1",)),
+    "K = 1": (lambda p: p["rollouts"].update(k=1), "rollouts", ("rollouts.k is 1 and there is no teacher",)),
+    "a stop of nothing": (lambda p: p["rollouts"].update(stop=[""]), "rollouts", ('stop: "" is in every text',)),
+    "a teacher without a name": (
+        lambda p: p["rollouts"].update(teacher=tiny.TEACHER),
+        "rollouts",
+        ("rollouts.teacher.model: '' is no model", "RANKWISE_TEACHER_URL"),
+    ),
+    "a teacher whose tokens nobody knows, and their limit": (
+        lambda p: p["rollouts"].update(
+            teacher=tiny.TEACHER | {"engine": "server", "model": "big", "max_prompt_tokens": 9}
+        ),
+        "rollouts",
+        ("rollouts.teacher.max_prompt_tokens is 9", "known to its server alone"),
+    ),
     "a judge without a name": (
         lambda p: p["verdicts"]["judge"].update(kind="callable", function=""),
         "verdicts",
@@ -325,6 +339,26 @@ def test_a_prompt_longer_than_the_context_is_named_by_rollouts_too(project):
     refused(project, "rollouts", "cannot be answered by a model with a context of 16 tokens", "review-")
 
 
+# Answers that are not worth a judge's time
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"temperature": 0.0}, ("100.0% of 96 answers by the policy, the first of each", "Raise rollouts.temperature")),
+        ({"stop": [*map(chr, range(32, 127))]}, ("empty or blank, more than rollouts.max_empty_share = 5.0%", ".stop")),
+        ({"max_cut_share": 0.1}, ("were cut at rollouts.max_new_tokens = 12", "Raise max_new_tokens")),
+    ],
+    ids=["all alike", "empty", "cut"],
+)
+def test_answers_that_nobody_can_rank_stop_the_run_once_they_are_reported(project, change, words):
+    project.change({"rollouts": change})
+    error = project.run("rollouts").error
+    assert all(word in error for word in words), error
+    told = project.metrics("rollouts")
+    assert max(told[f"{name}_share"] for name in ("duplicate", "empty", "cut")) > 0.5
+
+
 # What belongs together
 
 
@@ -344,7 +378,34 @@ def test_a_reference_of_other_rows(project):
     assert project.run("preferences").status == 0
     path = project.root / "data/reference_logprobs.parquet"
     pq.write_table(pq.read_table(path).slice(3), path)
-    refused(project, "dpo", "3 of 22 rows have no reference log-probability", "review-")
+    refused(project, "dpo", "3 of 23 rows have no reference log-probability", "review-")
+
+
+def sampled_elsewhere(project: tiny.Project, nats: float, **meta: str) -> None:
+    """Preferences as if the log-probs of their sampling had been others."""
+    path = project.root / "data/preferences.parquet"
+    other = lambda a: replace(a, logps=tuple(logp + nats for logp in a.logps))
+    rows = [replace(r, answers=tuple(map(other, r.answers)), meta={**r.meta, **meta}) for r in read_rows(path)]
+    write_rows(path, rows)
+
+
+@pytest.mark.parametrize("nats", [-0.2, 0.2])
+def test_answers_of_other_weights_than_the_reference_they_claim(project, nats):
+    """A server that was not restarted after SFT: its log-probs are not the reference's."""
+    sampled_elsewhere(project, nats)
+    error = project.run("reference_logprobs").error
+    assert "differ by 0.2 nats a token over " in error and "what sampled them was not models/sft" in error
+    assert project.metrics("reference_logprobs")["sampling_gap_max"] == pytest.approx(0.2, abs=1e-3)
+
+
+def test_answers_that_do_not_claim_to_be_the_references_are_not_held_against_it(project):
+    """Another round's policy, a teacher, a prompt cut elsewhere; and what an engine's rounding explains."""
+    sampled_elsewhere(project, 0.2, sampled_from="other weights, or after another prompt")
+    assert project.run("reference_logprobs").status == 0
+    assert "sampling_gap_mean" not in project.metrics("reference_logprobs")
+    assert project.run("preferences").status == 0
+    sampled_elsewhere(project, 0.05)
+    assert project.run("reference_logprobs").status == 0
 
 
 def test_a_policy_that_is_not_its_reference_at_the_start(project):

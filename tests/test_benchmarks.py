@@ -1,5 +1,6 @@
 """Laws of the benchmarks: nothing is timed unless both sides do the same work, and what is told is what was seen."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -13,14 +14,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import cli, contest, loss_head, memory, parity, reference, report, settings, train_step, workload
+from benchmarks import (
+    cli,
+    contest,
+    loss_head,
+    memory,
+    parity,
+    reference,
+    report,
+    rollouts,
+    settings,
+    train_step,
+    workload,
+)
+from benchmarks.channel import Stop
 from benchmarks.contest import Effort, Worker, WorkerFailed
-from benchmarks.settings import OurSetting, TrlSetting
+from benchmarks.settings import EngineSetting, OurSetting, TrlSetting
 from benchmarks.workload import EOS, FIRST, MODELS, Case
 from rankwise.types import UserError
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"train_step": train_step, "reference": reference, "memory": memory, "loss_head": loss_head}
+COMMANDS = {
+    "train_step": train_step,
+    "reference": reference,
+    "memory": memory,
+    "rollouts": rollouts,
+    "loss_head": loss_head,
+}
+SERVE = f"{sys.executable} {ROOT}/tests/model_server.py {{model}} {{port}}"
 SMALL = Case(name="tiny", shape=MODELS["tiny"], batch=4, prompt=12, answer=8)
 FP32 = OurSetting(precision="fp32", budget=64)
 
@@ -81,6 +102,15 @@ def test_our_settings_are_read_as_they_are_written(text):
 @pytest.mark.parametrize("text", ["medium-compile-8", "bf16-eager-1-packed"])
 def test_trl_settings_are_read_as_they_are_written(text):
     assert str(settings.trl_setting(text)) == text
+
+
+@pytest.mark.parametrize(
+    "engine, text", [("embedded", "bf16-128"), ("generate", "fp32-static-8"), ("server", "own-64")]
+)
+def test_engine_settings_are_read_as_they_are_written(engine, text):
+    assert str(settings.engine_setting(engine, text)) == text
+    with pytest.raises(UserError, match=f"no setting of {engine}"):
+        settings.engine_setting(engine, f"{text}-8")
 
 
 @pytest.mark.parametrize("text", ["fast", "bf16-4096-2", "fp32-lazy-2", "bf16-compile-x", "bf16-eager-0", ""])
@@ -150,6 +180,179 @@ def test_no_command_times_what_differs(name, monkeypatch):
     monkeypatch.setattr(COMMANDS[name], "contest", lambda *_, **__: pytest.fail("timed in spite of it"))
     with pytest.raises(UserError, match="nothing is timed"):
         COMMANDS[name].main(["--quick", "--device", "cpu"])
+
+
+# Rollouts
+
+
+ROLLS = replace(SMALL, task="rollouts", k=2)  # ends: 16 of 128 tokens, 1 and 9 among them; 21 tokens at most
+
+
+def test_tokens_are_those_of_answers_up_to_their_end():
+    """3 + 1 + 21 + 2 tokens of two prompts with two answers each, their ends included; the third was cut."""
+    assert {1, 9, 121} <= set(workload.end_ids(ROLLS)) and len(workload.end_ids(ROLLS)) == 128 // 8
+    assert workload.longest_rollout(ROLLS) == 21
+    assert workload.count_tokens([[[5, 6, 9], [1]], [[5] * 21, [7, 9]]], ROLLS) == 27
+
+
+@pytest.mark.parametrize(
+    "answer", [[], [5, 6], [5] * 22, [5] * 21 + [9], [5, 9, 0, 0], [9, 9]], ids=lambda answer: str(len(answer))
+)
+def test_an_answer_that_stops_early_or_late_is_not_counted(answer):
+    """Padding, tokens after the end, work left undone: any would change the tokens a second."""
+    with pytest.raises(ValueError, match="first end token"):
+        workload.count_tokens([[answer, [5, 9]]], ROLLS)
+
+
+def test_an_answer_too_few_is_not_counted():
+    with pytest.raises(ValueError, match="of 2 each"):
+        workload.count_tokens([[[5, 9]]], ROLLS)
+
+
+@pytest.fixture(scope="module")
+def samplers():
+    from benchmarks import samplers as module
+
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from benchmarks import models
+
+    path = tmp_path_factory.mktemp("model")
+    models.save(ROLLS, path)
+    return str(path)
+
+
+class Heard:
+    """The clock's end of a worker's channel, in this process: so many gos, then none."""
+
+    def __init__(self, gos: int = 0):
+        self.gos, self.said = gos, []
+
+    def say(self, **facts) -> None:
+        self.said.append(facts)
+
+    def wait(self) -> None:
+        self.gos -= 1
+        if self.gos < 0:
+            raise Stop
+
+
+def agreement(samplers, folder, *engines: str, serve: str = "") -> dict:
+    heard = Heard()
+    spec = {engine: parity._exact(engine, ROLLS).spec() for engine in engines}
+    samplers.agree({"case": ROLLS.spec(), "folder": folder, "serve": serve, "settings": spec}, heard)
+    return heard.said[0]
+
+
+def test_all_engines_give_the_same_greedy_answers(samplers, folder):
+    """And these depend on the context, or they would show little."""
+    engines = ("embedded", "generate", "continuous", "server")
+    told = agreement(samplers, folder, *engines, serve=SERVE)
+    assert told["left_out"] == {} and told["equal"] == dict.fromkeys(engines, 1.0)
+    assert set(parity.check_greedy(told["margins"])["limits"]) == set(engines)
+    with samplers.ENGINES["generate"](task(samplers, folder, "generate")) as answer:
+        assert len({tuple(mine[0]) for mine in answer([row.prompt for row in workload.rows(ROLLS)], 0)}) == ROLLS.batch
+
+
+def task(samplers, folder, engine, **changes):
+    return samplers.Task(case=ROLLS, folder=folder, setting=parity._exact(engine, ROLLS), **{"greedy": True, **changes})
+
+
+@pytest.mark.parametrize("wrong", ["last token lost", "first token lost", "not greedy"])
+def test_an_engine_that_answers_something_else_is_not_timed(wrong, samplers, folder, monkeypatch):
+    right = samplers.ENGINES["generate"]
+    cut = {"last token lost": slice(-1), "first token lost": slice(1, None)}.get(wrong, slice(None))
+
+    @contextlib.contextmanager
+    def broken(task):
+        with right(replace(task, greedy=wrong != "not greedy")) as answer:
+            yield lambda prompts, number: answer([prompt[cut] for prompt in prompts], number)
+
+    monkeypatch.setitem(samplers.ENGINES, "embedded", broken)
+    told = agreement(samplers, folder, "embedded", "generate")
+    assert told["equal"]["embedded"] < 1
+    with pytest.raises(UserError, match=r"nothing is timed: a greedy token of embedded is .* --engines leaves it out"):
+        parity.check_greedy(told["margins"])
+
+
+def test_a_margin_that_is_no_number_is_none():
+    with pytest.raises(UserError, match="nan nats"):
+        parity.check_greedy({"embedded": float("nan")})
+    with pytest.raises(UserError, match="greedy token of generate"):
+        parity.check_greedy({"generate": 0.1, "server": 0.1})  # a server may round as bf16 does
+
+
+def test_an_engine_that_cannot_run_is_left_out_and_says_why(samplers, folder, monkeypatch):
+    def broken(task):
+        raise ImportError("no flash here")
+
+    monkeypatch.setitem(samplers.ENGINES, "continuous", broken)
+    told = agreement(samplers, folder, "generate", "continuous")
+    assert told["left_out"] == {"continuous": "does not run here (ImportError: no flash here)"}
+    assert set(told["margins"]) == {"generate"}
+    monkeypatch.setitem(samplers.ENGINES, "generate", broken)
+    with pytest.raises(ImportError):
+        agreement(samplers, folder, "generate")
+
+
+def test_no_rollouts_are_timed_by_an_engine_that_differs(monkeypatch):
+    class Told(Heard):
+        def __init__(self, **spec):
+            super().__init__()
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def hear(self):
+            return {"margins": {"embedded": 0.2, "generate": 0.0}, "equal": {}, "left_out": {}}
+
+    monkeypatch.setattr(rollouts, "Worker", Told)
+    monkeypatch.setattr(rollouts, "contest", lambda *_, **__: pytest.fail("timed in spite of it"))
+    with pytest.raises(UserError, match="nothing is timed"):
+        rollouts.main(["--quick", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("engine, precision", [("embedded", "bf16"), ("generate", "bf16"), ("continuous", "fp32")])
+def test_a_pass_tells_what_it_sampled(engine, precision, samplers, folder):
+    heard = Heard(gos=3)
+    cache = "dynamic" if engine == "generate" else ""
+    setting = EngineSetting(precision=precision, batch=4, cache=cache)
+    spec = {"side": engine, "case": ROLLS.spec(), "folder": folder, "setting": setting.spec()}
+    with pytest.raises(Stop):
+        samplers.run(spec, heard)
+    _, *passes = heard.said
+    assert len(passes) == 3 and all(one["answers"] == 8 and one["seconds"] > 0 for one in passes)
+    assert all(8 <= one["tokens"] <= 8 * 21 for one in passes)
+    assert len({one["tokens"] for one in passes}) > 1  # other answers every time
+
+
+@pytest.mark.slow
+def test_every_engine_is_timed_side_by_side(tmp_path):
+    file = tmp_path / "record.json"
+    told = run("rollouts", "--quick", "--device", "cpu", "--serve", SERVE, "--json", str(file))
+    assert told.returncode == 0, told.stderr
+    record = json.loads(file.read_text())
+    engines = ["embedded", "generate", "continuous", "server"]
+    (result,) = record["results"]
+    assert list(result["engines"]) == engines and record["left_out"] == {}
+    assert result["order"] == [*engines, *engines[::-1], *engines]
+    assert all(record["parity"][engine] <= record["parity"]["limits"][engine] for engine in engines)
+    assert record["parity"]["equal_to_generate"]["embedded"] == 1
+    for one in result["engines"].values():
+        check_side(one)
+        rates = [tokens / seconds for tokens, seconds in zip(one["tokens"], one["samples"], strict=True)]
+        assert one["tokens_per_second"]["samples"] == pytest.approx(rates)
+        generate = result["engines"]["generate"]["tokens_per_second"]["median"]
+        assert one["ratio"] == pytest.approx(one["tokens_per_second"]["median"] / generate)
+        assert one["answers"] == [16] * 3 and one["peak"]["median"] > 0
+    assert result["settings"] == {**rollouts.QUICK} and record["trials"] == []
+    assert record["options"]["serve"] == SERVE and str(tmp_path) not in told.stdout
 
 
 # How it is measured
@@ -237,11 +440,28 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(options, words,
         train_step.main(["--quick", "--device", "cpu", *options])
 
 
-@pytest.mark.parametrize("name", ["loss_head", "attention"])
-def test_a_device_that_is_not_there_is_refused_by_every_command(name, monkeypatch):
+@pytest.mark.parametrize("name, more", [("loss_head", ["--ours-only"]), ("attention", []), ("rollouts", [])])
+def test_a_device_that_is_not_there_is_refused_by_every_command(name, more, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda"):
-        importlib.import_module(f"benchmarks.{name}").main(["--quick", "--ours-only", "--device", "cuda"])
+        importlib.import_module(f"benchmarks.{name}").main(["--quick", *more, "--device", "cuda"])
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--engines", "server"), "add --serve"),
+        (("--serve", SERVE, "--engines", "embedded"), "--engines names none"),
+        (("--settings", "vllm=own-8"), "no such engine"),
+        (("--settings", "generate=bf16-8"), "bf16-dynamic-32"),
+        (("--settings", "server=own-8"), "takes no part"),
+        (("--values", "3"), "--values"),
+    ],
+)
+def test_rollouts_that_cannot_be_measured_are_refused_before_anything_runs(options, words, monkeypatch):
+    monkeypatch.setattr(contest.subprocess, "Popen", lambda *_, **__: pytest.fail("a worker was started"))
+    with pytest.raises(UserError, match=words):
+        rollouts.main(["--quick", "--device", "cpu", *options])
 
 
 @pytest.mark.parametrize(
@@ -284,8 +504,8 @@ def test_the_settings_told_are_those_that_ran():
 
 def test_ours_needs_neither_trl_nor_datasets():
     probe = (
-        "import sys; sys.modules['trl'] = sys.modules['datasets'] = None\n"
-        "import benchmarks.jobs, benchmarks.ours, benchmarks.heads, benchmarks.train_step"
+        "import sys; sys.modules.update(dict.fromkeys(('trl', 'datasets', 'prefect', 'mlflow', 'dvc', 'openai')))\n"
+        "import benchmarks.jobs, benchmarks.ours, benchmarks.heads, benchmarks.train_step, benchmarks.samplers"
     )
     assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT, timeout=120).returncode == 0
 

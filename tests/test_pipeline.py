@@ -204,13 +204,18 @@ def small_commits() -> None:
     """Stores are filled every few rows, so that a tiny run has a middle."""
     import rankwise.judging
     import rankwise.reference
+    import rankwise.rollouts
 
     rankwise.judging.COMMIT_REPLIES = 16
     rankwise.reference.COMMIT_ROWS = 4
+    rankwise.rollouts.COMMIT_ROWS, rankwise.rollouts.COMMIT_S = 4, 1e9
 
 
 KILLED = {  # stage: where it dies, and what its rerun says about what was there
-    "rollouts": (tiny.killed_at("rankwise.store:Store.put_many", 4), "12 of 24 prompts answered now"),
+    "rollouts": (
+        tiny.killed_at("rankwise.store:Store.put_many", 4, setup=small_commits),
+        "12 of 24 prompts answered now",
+    ),
     "verdicts": (tiny.killed_at("rankwise.store:Store.put_many", 3, setup=small_commits), None),
     "reference_logprobs": (tiny.killed_at("rankwise.store:Store.put_many", 3, setup=small_commits), None),
     "sft": (

@@ -20,6 +20,8 @@ FIGURES = {
     "one_curve": lambda path: plots.training_curves([{"step": 1, "loss": 2.0}], path),
     "rewards": lambda path: plots.reward_histogram(POLICY, REFERENCE, path),
     "lengths": lambda path: plots.length_histogram([3, 4, 4], [4, 4, 4], path),
+    "answers": lambda path: plots.answers([3, 4, 4], [8], [2, 1], path, k=2, title="the policy's answers"),
+    "answers_all_cut": lambda path: plots.answers([], [8] * 4, [2, 2], path, k=2, title="the policy's answers"),
     "win": lambda path: plots.win_rates([{"name": "judge", "mean": 0.8, "low": 0.75, "high": 0.84}], path),
 }
 

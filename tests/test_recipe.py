@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import yaml
 from rankwise.types import UserError
 from tasks import params, recipe
 from tasks.recipe import STAGES
+from tasks.rollouts import TeacherParams
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -98,6 +99,15 @@ def test_stages_that_must_agree_do(path):
 
 
 # Merging
+
+
+def test_a_section_that_is_null_by_default_starts_from_its_own_defaults():
+    """A teacher: what the recipe leaves out, its own dataclass says; written out, key by key, as any section."""
+    text = recipe.render({"rollouts": {"k": 1, "teacher": {"model": "big", "k": 3}}})
+    teacher = yaml.safe_load(text)["rollouts"]["teacher"]
+    assert teacher == {**asdict(TeacherParams()), "model": "big", "k": 3}
+    assert "\n    model: big  " in text
+    assert yaml.safe_load(recipe.render({}))["rollouts"]["teacher"] is None
 
 
 def test_sections_merge_and_mappings_are_replaced():

@@ -179,6 +179,19 @@ def test_sampled_ids_are_kept_and_never_tokenized_again():
     assert out.answers_ids == (spelt,)  # cut by the length limit, so no end token is made up
 
 
+@pytest.mark.parametrize("prompt", [text_prompt("Once"), chat(("user", "Hi"))], ids=["text", "chat"])
+def test_an_answer_that_was_cut_does_not_end(prompt):
+    """A server's text without token ids: what its length limit cut off must not be learnt as an end."""
+    renderer = Renderer(tokenizer(template=CHATML))
+    render = lambda reason: renderer.render(
+        Row(id="r", prompt=prompt, answers=(Answer(text=" a time", finish_reason=reason),))
+    ).answers_ids[0]
+    whole, cut = render("stop"), render("length")
+    assert renderer.text(whole).strip() == renderer.text(cut).strip() == "a time"
+    assert tokens(renderer.tokenizer, whole[len(cut) :])[0] in ("<eos>", "<|end|>")
+    assert not {"<eos>", "<|end|>"} & set(tokens(renderer.tokenizer, cut))
+
+
 def test_the_text_of_an_answer_keeps_its_leading_space():
     made = tokenizer(merges=[("Ġ", "b")])
     renderer = Renderer(made)

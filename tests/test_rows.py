@@ -11,15 +11,17 @@ import time
 import pyarrow as pa
 import pytest
 
-from rankwise.rows import read_rows, read_table, write_aside, write_json, write_rows, write_table
+from rankwise.rows import SCHEMA, read_rows, read_table, write_aside, write_json, write_rows, write_table
 from rankwise.types import Answer, Message, Row, UserError, show_prompt, text_prompt
 
 FULL = Row(
     id="b",
     prompt=(Message(role="system", content="Be brief."), Message(role="user", content="Hi\n日本")),
     answers=(
-        Answer(text="", rank=0, strength=0.1, source="policy", token_ids=(5, 2), finish_reason="stop", logp=-1.5),
-        Answer(text="no", rank=0, seed=2**63 - 1, token_ids=()),
+        Answer(
+            text="", rank=0, strength=0.1, source="policy", token_ids=(5, 2), finish_reason="stop", logps=(-1.5, 0.0)
+        ),
+        Answer(text="no", rank=0, seed=2**63 - 1, token_ids=(), logps=(), engine="embedded-9, torch 9"),
         Answer(text="not ranked"),
     ),
     meta={"label": 1, "tags": ["x"], "é": None},
@@ -62,6 +64,11 @@ def test_a_missing_a_broken_and_a_foreign_table_are_told_apart(tmp_path):
         read_table(tmp_path / "t.parquet")
     write_table(tmp_path / "t.parquet", pa.table({"id": ["a"], "other": [1]}))
     with pytest.raises(UserError, match=r"\['prompt', 'answers', 'meta'\] are missing"):
+        read_rows(tmp_path / "t.parquet")
+    older = pa.schema([field for field in SCHEMA if field.name != "answers"])
+    older = older.append(pa.field("answers", pa.list_(pa.struct([("text", pa.string())]))))
+    write_table(tmp_path / "t.parquet", pa.Table.from_pylist([], schema=older))
+    with pytest.raises(UserError, match=r"'answers.rank', .* are missing .* rebuild it"):
         read_rows(tmp_path / "t.parquet")
 
 

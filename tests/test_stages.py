@@ -10,15 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import yaml
+from fault_server import FaultServer
 
 from rankwise.checkpoints import load_causal_lm
 from rankwise.rows import read_rows, write_aside, write_rows
-from tasks.stage import output_folder
+from tasks.stage import _flat_numbers, output_folder
 
 
 @pytest.fixture
@@ -143,6 +145,10 @@ OPTIONS = {  # parameters, and the stages that run under them
         ["dpo"],
     ),
     "nucleus": ({"rollouts": {"top_p": 0.9, "top_k": 50, "temperature": 0.7}}, ["rollouts"]),
+    "min-p, penalty, stops": (
+        {"rollouts": {"min_p": 0.01, "repetition_penalty": 1.2, "stop": [" the"], "stop_token_ids": [7]}},
+        ["rollouts", "verdicts", "preferences", "reference_logprobs", "dpo"],
+    ),
     "greedy evaluation": ({"evaluate": {"temperature": 0.0}}, ["evaluate"]),
     "K = 8": ({"rollouts": {"k": 8}}, ["rollouts", "verdicts", "preferences", "reference_logprobs", "dpo"]),
     "short prompts": (
@@ -193,6 +199,61 @@ def test_everything_held_out_leaves_nothing_to_train_on(project):
         project.change({"preferences": {"held_out_share": share}})
         told = project.run("preferences")
         assert told.status == 0 if enough else "preferences.held_out_share" in told.error
+
+
+# Rollouts: who answers
+
+
+def test_a_teacher_answers_beside_the_policy(project):
+    """Its ids stay where its tokenizer is the policy's; another one's, here by one byte of a file, go."""
+    teacher = project.root / "data/source/big"
+    shutil.copytree(project.root / "models/policy", teacher)
+    project.change({"rollouts": {"k": 1, "teacher": tiny.TEACHER | {"model": "big", "k": 2}}})
+    stages = ("rollouts", "verdicts", "preferences", "reference_logprobs", "dpo")
+    for same in (True, False):
+        for stage in stages if same else stages[:1]:
+            told = project.run(stage)
+            assert told.status == 0, told.out + told.err
+        rows = read_rows(project.root / "data/rollouts.parquet")
+        assert {tuple(a.source for a in row.answers) for row in rows} == {("policy", "teacher", "teacher")}
+        assert all((a.token_ids is not None) == (same or a.source == "policy") for row in rows for a in row.answers)
+        with open(teacher / "tokenizer_config.json", "a") as config:
+            config.write("\n")
+    assert project.metrics("rollouts")["teacher"]["answers"] == 48
+    # Its log-probs are its own: those of the policy's answers alone are held against the reference.
+    assert project.metrics("reference_logprobs")["sampling_gap_answers"] <= 24
+
+
+def test_a_server_answers_in_place_of_the_embedded_engine(project):
+    """It makes up words and log-probs: all goes through, until the reference finds that it is not what sampled them."""
+    project.change({"rollouts": {"engine": "server", "max_cut_share": 1.0}})
+    with FaultServer(context=192) as server:
+        told = project.run("rollouts", before=tiny.told_that(RANKWISE_ROLLOUTS_URL=server.url))
+        assert told.status == 0, told.err
+        assert all(body["n"] == 4 for body in server.asked) and len(server.asked) == 24
+    assert project.metrics("rollouts")["engines"] == {"vllm 9.9": 96}
+    assert "0 of 24 prompts answered now" in project.run("rollouts").out, "without the server"
+    for stage in ("verdicts", "preferences"):
+        assert project.run(stage).status == 0
+    assert "Most likely a server still had other weights" in project.run("reference_logprobs").error
+
+
+def test_answers_without_token_ids_are_tokenized_like_any_text(project):
+    project.change({"rollouts": {"engine": "server"}})
+    with FaultServer(dialect="ids", context=192) as server:
+        told = project.run("rollouts", before=tiny.told_that(RANKWISE_ROLLOUTS_URL=server.url))
+    assert told.status == 0, told.err
+    metrics = project.metrics("rollouts")
+    assert metrics["without_token_ids"] == metrics["without_logps"] == metrics["answers"] == 96
+    for stage in ("verdicts", "preferences", "reference_logprobs", "dpo"):
+        assert project.run(stage).status == 0
+    assert "sampling_gap_mean" not in project.metrics("reference_logprobs")
+
+
+def test_engine_server_without_a_server_says_what_to_set(project):
+    project.change({"rollouts": {"engine": "server", "seed": 9}})
+    error = project.run("rollouts").error
+    assert "RANKWISE_ROLLOUTS_URL" in error and "RANKWISE_SERVE" in error
 
 
 # Checkpoints of other runs
@@ -250,6 +311,27 @@ def test_two_processes_do_what_one_does(project, sharded):
         }
     load_causal_lm(project.root / "models/policy")
     assert [path for path in project.tree() if ".tmp" in path or "rank" in Path(path).name] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["rollouts", "evaluate"])
+def test_two_processes_answer_what_one_does(project, stage):
+    """The same answers and numbers, whoever sampled them; log-probs up to the rounding of other batches."""
+    table = project.root / {"rollouts": "data/rollouts.parquet", "evaluate": "data/evaluation.parquet"}[stage]
+    rows, metrics = read_rows(table), project.metrics(stage)
+    shutil.rmtree(project.root / ".rankwise/stores")
+    table.unlink()
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", f"tasks.{stage}"]
+    process = command(project, *launch, CUDA_VISIBLE_DEVICES="")
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    assert "share 1 of 2" in out and out.count("24 of 24 prompts answered now") == (stage == "rollouts"), out
+    again = read_rows(table)
+    bare = lambda rows: [[replace(a, logps=None) for a in row.answers] for row in rows]
+    assert bare(again) == bare(rows)
+    assert _flat_numbers(project.metrics(stage)) == pytest.approx(_flat_numbers(metrics), abs=1e-4)
+    for mine, theirs in zip(again, rows):
+        assert [a.logps for a in mine.answers] == [pytest.approx(a.logps, abs=1e-4) for a in theirs.answers]
 
 
 def _flat(metrics: dict) -> dict[str, float]:

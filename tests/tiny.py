@@ -26,6 +26,7 @@ import yaml
 
 from tasks.judges import JudgeParams
 from tasks.recipe import STAGES, render
+from tasks.rollouts import TeacherParams
 
 ROOT = Path(__file__).parent.parent
 MADE = ("data", "models", "reports")
@@ -45,6 +46,7 @@ TINY = {
 }
 
 JUDGE = vars(JudgeParams())  # the default judge, as a section of params.yaml
+TEACHER = vars(TeacherParams()) | {"max_new_tokens": 12}
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
@@ -160,6 +162,15 @@ def killed_at(
     first: called with (number of the call, *arguments) before each call; setup: called once.
     """
     return functools.partial(_kill_at, target, call, by, first, setup)
+
+
+def told_that(**environment: str) -> Callable[[], None]:
+    """A `before` that sets variables of the environment."""
+    return functools.partial(_set, environment)
+
+
+def _set(environment: dict[str, str]) -> None:
+    os.environ.update(environment)
 
 
 def checkpoint_before(step: int) -> Callable[..., None]:
