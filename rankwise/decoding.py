@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 log = logging.getLogger(__name__)
 
 NAME = "rankwise_shared_prompts"
+STEPS = 16  # at most, between two arrangements
 PREFILL_POSITIONS = 8192  # of prompts run together
 PARTS = 4  # of sequences, by length: what is read of each is as wide as the longest of its part
 PLACES = (3, 2)  # the dimension of positions, in keys and in values
@@ -48,22 +49,56 @@ class Decoder(Protocol):
         ...
 
     def step(self, token_S: Tensor, position_S: Tensor) -> Tensor:
-        """Logits [S, V] after one more token a row, at the given position of its sequence."""
+        """Logits [S, V] after one more token a row, at the given position of its sequence; STEPS times at most."""
         ...
 
 
 class Memory:
-    """Keys and values of N sequences, the longest first; a product reads each as wide as its part needs."""
+    """Keys and values of N sequences, the longest first, in parts of like length, each as wide as its longest.
 
-    def __init__(self, where: torch.device):
-        self.layers: dict[int, list[Tensor]] = {}  # keys [N, H, D, P], as a product reads them, and values [N, H, P, D]
+    Args:
+        growth: places that every part has beyond its longest sequence.
+    """
+
+    def __init__(self, where: torch.device, *, growth: int):
+        self.growth = growth
         self.length_N = torch.zeros(0, dtype=torch.int64, device=where)  # positions of each
-        self.parts: list[tuple[slice, int]] = []  # sequences of like length, and how wide they are
+        self.parts: list[tuple[slice, int]] = []  # which sequences, and how wide
+        # layer -> keys [n, H, D, P] (so a product reads them as they lie) and values [n, H, P, D] of each part
+        self.layers: dict[int, list[list[Tensor]]] = {}
 
-    def cut(self) -> None:
-        """Find the parts anew, after sequences came or went."""
-        bounds = torch.linspace(0, len(self.length_N), PARTS + 1).long().tolist()
-        self.parts = [(slice(a, b), max(1, int(self.length_N[a]))) for a, b in itertools.pairwise(bounds) if a < b]
+    def rebuild(self, order: Tensor, length_N: Tensor, fresh: Sequence[dict[int, list[Tensor]]] = ()) -> None:
+        """Lay sequences out anew: `order` counts those that are here, then those of `fresh`, then any number of empty
+        ones; length_N are their lengths in that order, falling."""
+        here = [part for part, _ in self.parts]
+        bounds = torch.linspace(0, len(order), PARTS + 1).long().tolist()
+        self.parts = [(slice(a, b), max(1, int(length_N[a]))) for a, b in itertools.pairwise(bounds) if a < b]
+        self.length_N = length_N
+        for layer in {*self.layers, *(layer for one in fresh for layer in one)}:
+            held = self.layers.get(layer, [])
+            given = [*zip([part.start for part in here], held)]
+            start = here[-1].stop if here else 0
+            for one in fresh:
+                given.append((start, one[layer]))
+                start += len(one[layer][0])
+            self.layers[layer] = [_gathered(order[part], width, self.growth, given) for part, width in self.parts]
+
+    def grow(self) -> None:
+        """One more position a sequence."""
+        self.length_N = self.length_N + 1
+        self.parts = [(part, width + 1) for part, width in self.parts]
+
+    def note(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Put the last position's keys and values [N, H, 1, D] where they belong."""
+        new = _kept(key, value)
+        if layer not in self.layers:
+            self.layers[layer] = [
+                _room(*new, part.stop - part.start, width + self.growth) for part, width in self.parts
+            ]
+        for (part, _), (keys, values) in zip(self.parts, self.layers[layer]):
+            every, at = torch.arange(len(keys), device=keys.device), self.length_N[part] - 1
+            keys[every, :, :, at] = new[0][part, :, :, 0]
+            values[every, :, at] = new[1][part, :, 0]
 
     def biases(self, first_NM: Tensor | None) -> list[Tensor]:
         """[n, 1, M or 1, P] of each part, added to scores: 0 from place first to a sequence's end, −∞ elsewhere."""
@@ -78,37 +113,52 @@ class Memory:
 
     def look(self, layer: int, query: Tensor, biases: Sequence[Tensor], cap: float | None) -> tuple[Tensor, Tensor]:
         """Attention of queries [N, H, M, D] to what is held: output, and log-sum-exp of the scores [N, H, M]."""
-        keys, values = self.layers[layer]
         outs, lses = [], []
-        for (part, width), bias in zip(self.parts, biases):
-            scores = (query[part] @ keys[part, :, :, :width]).float()
+        for (part, width), bias, (keys, values) in zip(self.parts, biases, self.layers[layer]):
+            scores = (query[part] @ keys[..., :width]).float()
             scores = (torch.tanh(scores / cap) * cap if cap else scores) + bias
             top = scores.amax(-1, keepdim=True).clamp(min=LOW)
             weights = (scores - top).exp_()
             total = weights.sum(-1, keepdim=True).clamp(min=1 / -LOW)
-            outs.append(weights.to(values.dtype) @ values[part, :, :width] / total)
+            outs.append(weights.to(values.dtype) @ values[:, :, :width] / total)
             lses.append((top + total.log())[..., 0])
         return torch.cat(outs), torch.cat(lses)
 
 
-class SharedPrompts:
-    """Prompts once, answers beside them.
+def _gathered(order: Tensor, width: int, growth: int, given: Sequence[tuple[int, list[Tensor]]]) -> list[Tensor]:
+    """Keys and values of the sequences `order` of what is given, each with the number of its first one."""
+    keys, values = given[0][1]
+    made = _room(keys, values, len(order), width + growth)
+    for start, pair in given:
+        to = ((order >= start) & (order < start + len(pair[0]))).nonzero()[:, 0]
+        if len(to):
+            for old, new, places in zip(pair, made, PLACES):
+                common = min(old.shape[places], new.shape[places])
+                new.narrow(places, 0, common)[to] = old.narrow(places, 0, common)[order[to] - start]
+    return made
 
-    Args:
-        room: tokens of the longest answer.
-    """
+
+def _room(keys: Tensor, values: Tensor, count: int, positions: int) -> list[Tensor]:
+    """Zeros for sequences such as [n, H, D, P] and [n, H, P, D]: what no one looks at must be finite all the same."""
+    return [
+        keys.new_zeros(count, *keys.shape[1:3], positions),
+        values.new_zeros(count, values.shape[1], positions, values.shape[3]),
+    ]
+
+
+class SharedPrompts:
+    """Prompts once, answers beside them."""
 
     refills = True
 
-    def __init__(self, model: PreTrainedModel, *, room: int):
+    def __init__(self, model: PreTrainedModel):
         AttentionInterface.register(NAME, _attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.config._attn_implementation = NAME
-        self.model, self.room = model, room
+        self.model = model
         self.anything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)  # a 4-D mask is let through
-        self.prompts, self.own = Memory(model.device), Memory(model.device)
+        self.prompts, self.own = Memory(model.device, growth=0), Memory(model.device, growth=STEPS)
         self.prompt_S = torch.zeros(0, dtype=torch.int64, device=model.device)  # which of prompts is a row's
-        self.spare: list[Tensor] = []  # where a layer's own are put when rows move
         self.fresh: dict[int, list[Tensor]] | None = None  # while prompts are run: their keys and values
 
     def arrange(self, keep: Tensor, prompts: Sequence[Sequence[int]], answers: Sequence[int]) -> None:
@@ -117,59 +167,33 @@ class SharedPrompts:
         numbers = torch.arange(len(prompts), device=keep.device) + len(still)
         owner = torch.cat([owner, numbers.repeat_interleave(count)])
         if prompts or len(still) < len(self.prompts.length_N):
-            self._change_prompts(still, [list(p[:-1]) for p in prompts])
-        order = self.prompts.length_N.argsort(descending=True, stable=True)
-        self._sort_prompts(order)
-        self.prompt_S = order.argsort()[owner]
-        self.own.length_N = pad(self.own.length_N[keep], (0, len(owner) - len(keep)))
-        self.own.cut()
-        self._move(keep)
+            owner = self._change_prompts(still, [list(p[:-1]) for p in prompts])[owner]
+        self.prompt_S = owner
+        came = torch.arange(len(owner) - len(keep), device=keep.device) + len(self.own.length_N)
+        self.own.rebuild(torch.cat([keep, came]), pad(self.own.length_N[keep], (0, len(came))))
         self._seat()
 
-    def _change_prompts(self, still: Tensor, prompts: list[list[int]]) -> None:
-        """Keep these, run those; new ones stand behind the others."""
-        for layer, kept in self.prompts.layers.items():
-            self.prompts.layers[layer] = [x[still] for x in kept]
-        self.prompts.length_N = self.prompts.length_N[still]
+    def _change_prompts(self, still: Tensor, prompts: list[list[int]]) -> Tensor:
+        """Keep these, run those behind them; where each of all these stands now."""
         longest = max(map(len, prompts), default=0)
-        for first in range(0, len(prompts), size := max(1, PREFILL_POSITIONS // max(1, longest))):
-            self._run(prompts[first : first + size])
+        size = max(1, PREFILL_POSITIONS // max(1, longest))
+        fresh = [self._run(prompts[first : first + size]) for first in range(0, len(prompts), size)]
+        here, more = len(self.prompts.length_N), torch.tensor([len(p) for p in prompts], dtype=torch.int64)
+        length_N = torch.cat([self.prompts.length_N[still], more.to(still.device)])
+        order = length_N.argsort(descending=True, stable=True)
+        came = torch.arange(len(prompts), device=still.device) + here
+        self.prompts.rebuild(torch.cat([still, came])[order], length_N[order], fresh)
+        return order.argsort()
 
-    def _run(self, prompts: list[list[int]]) -> None:
-        """Padding stands behind a prompt, where causal attention does not look."""
+    def _run(self, prompts: list[list[int]]) -> dict[int, list[Tensor]]:
+        """Keys and values of prompts by layer; padding stands behind a prompt, where causal attention does not look."""
         longest = max(1, *map(len, prompts))
-        where = self.model.device
-        ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=where)
+        ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=self.model.device)
+        position_ids = torch.arange(longest, device=ids.device).expand_as(ids)
         self.fresh = {}
-        position_ids = torch.arange(longest, device=where).expand_as(ids)
         self.model(input_ids=ids, position_ids=position_ids, use_cache=False, logits_to_keep=1, slots=self)
-        lengths = torch.tensor([len(p) for p in prompts], device=where)
-        self.prompts.length_N = torch.cat([self.prompts.length_N, lengths])
-        widest = max(1, int(self.prompts.length_N.max()))
-        for layer, fresh in self.fresh.items():
-            pairs = zip(self.prompts.layers.get(layer, [x[:0] for x in fresh]), fresh)
-            joined = [[_wide(x, widest, places) for x in pair] for pair, places in zip(pairs, PLACES)]
-            self.prompts.layers[layer] = [torch.cat(pair) for pair in joined]
-        self.fresh = None
-
-    def _sort_prompts(self, order: Tensor) -> None:
-        if not bool((order == torch.arange(len(order), device=order.device)).all()):
-            self.prompts.length_N = self.prompts.length_N[order]
-            for layer, kept in self.prompts.layers.items():
-                self.prompts.layers[layer] = [x[order] for x in kept]
-        self.prompts.cut()
-
-    def _move(self, keep: Tensor) -> None:
-        """Answers' own keys and values into their new rows; what stood there before is finite, and never looked at."""
-        rows = len(self.own.length_N)
-        for layer, own in self.own.layers.items():
-            if not self.spare or len(self.spare[0]) < rows:
-                self.spare = [x.new_zeros(rows, *x.shape[1:]) for x in own]
-            for part, width in self.own.parts:
-                came = keep[part]
-                for old, new, places in zip(own, self.spare, PLACES):
-                    new.narrow(places, 0, width)[part][: len(came)] = old.narrow(places, 0, width)[came]
-            self.own.layers[layer], self.spare = self.spare, own
+        fresh, self.fresh = self.fresh, None
+        return fresh
 
     def _seat(self) -> None:
         """Lay rows out in a grid of prompts: grid_GK names the row of a cell, cell_S the cell of a row."""
@@ -184,9 +208,7 @@ class SharedPrompts:
         self.cell_S = torch.empty_like(rows).index_put((rows,), owner * widest + seat)
 
     def step(self, token_S: Tensor, position_S: Tensor) -> Tensor:
-        # Rows that ended wait at the end of their room for the next arrangement.
-        self.made_S, self.own.length_N = self.own.length_N, (self.own.length_N + 1).clamp(max=self.room)
-        self.own.parts = [(part, min(width + 1, self.room)) for part, width in self.own.parts]
+        self.own.grow()
         self.biases: dict[int | None, tuple[list[Tensor], list[Tensor]]] = {}
         output = self.model(
             input_ids=token_S[:, None],
@@ -199,7 +221,7 @@ class SharedPrompts:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, **options: Any) -> Tensor:
         """One new position a row: [S, H·R, 1, D] in, [S, 1, H·R, D] out; two sets of keys joined by log-sum-exp."""
-        self._note(layer, key, value)
+        self.own.note(layer, key, value)
         heads, repeats = key.shape[1], query.shape[1] // key.shape[1]
         query_SHRD = query.view(len(query), heads, repeats, -1).to(_stored(query)) * scale
         to_prompt, to_own = self._biases(options.get("sliding_window"), repeats)
@@ -211,17 +233,6 @@ class SharedPrompts:
         mixed = out * (lse - joint).exp()[..., None] + other * (other_lse - joint).exp()[..., None]
         return mixed.view(len(query), 1, heads * repeats, -1)
 
-    def _note(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Put the new position's keys and values into their rows."""
-        rows, heads, _, size = key.shape
-        if layer not in self.own.layers:
-            empty = lambda x, *shape: torch.zeros(rows, heads, *shape, dtype=_stored(x), device=x.device)
-            self.own.layers[layer] = [empty(key, size, self.room), empty(value, self.room, value.shape[3])]
-        every, at = torch.arange(rows, device=key.device), self.made_S.clamp(max=self.room - 1)
-        keys, values = self.own.layers[layer]
-        keys[every, :, :, at] = key[:, :, 0].to(keys.dtype)
-        values[every, :, at] = value[:, :, 0].to(values.dtype)
-
     def _by_row(self, grid: Tensor, repeats: int) -> Tensor:
         """[G, H, K·R, …] of cells as [S, H, R, …] of rows."""
         return grid.unflatten(2, (-1, repeats)).transpose(1, 2).flatten(0, 1)[self.cell_S]
@@ -229,10 +240,11 @@ class SharedPrompts:
     def _biases(self, window: int | None, repeats: int) -> tuple[list[Tensor], list[Tensor]]:
         """For prompts and for answers' own; a window ends at the position that is being computed."""
         if window not in self.biases:
-            first_S = self.prompts.length_N[self.prompt_S] + self.made_S - window + 1 if window else None
-            first_GM = first_S[self.grid_GK].repeat_interleave(repeats, 1) if window else None
-            own_S1 = (self.made_S - window + 1)[:, None] if window else None
-            self.biases[window] = (self.prompts.biases(first_GM), self.own.biases(own_S1))
+            first_S = self.own.length_N - window if window else None
+            own_S1 = None if first_S is None else first_S[:, None]
+            if first_S is not None:
+                first_S = (first_S + self.prompts.length_N[self.prompt_S])[self.grid_GK].repeat_interleave(repeats, 1)
+            self.biases[window] = (self.prompts.biases(first_S), self.own.biases(own_S1))
         return self.biases[window]
 
 
@@ -256,7 +268,7 @@ def _attend(
         with torch.autocast(query.device.type, enabled=False):  # or it would cast all that is kept, at every step
             out = slots.attend(module.layer_idx, query, key, value, scale, **options)
         return out.to(query.dtype), None
-    slots.fresh[module.layer_idx] = [x.to(_stored(x)) for x in (key.transpose(2, 3).contiguous(), value)]
+    slots.fresh[module.layer_idx] = _kept(key, value)
     if options.get("softcap"):
         return _capped(query, key, value, attention_mask, scale, options["softcap"]), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scale, **options)
@@ -277,10 +289,9 @@ def _stored(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "cpu" else x.dtype
 
 
-def _wide(x: Tensor, positions: int, places: int) -> Tensor:
-    """With so many places along a dimension, 2 or 3: zeros behind what there is, or what is too much left out."""
-    more = positions - x.shape[places]
-    return pad(x, (0, more) if places == 3 else (0, 0, 0, more))
+def _kept(key: Tensor, value: Tensor) -> list[Tensor]:
+    """Keys [N, H, P, D] as [N, H, D, P], values as they are, in the dtype that they are kept in."""
+    return [key.transpose(2, 3).contiguous().to(_stored(key)), value.to(_stored(value))]
 
 
 class LibraryCache:
@@ -338,7 +349,7 @@ def can_share(model: PreTrainedModel) -> bool:
     tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=model.device)
     try:
         alone = [model(input_ids=tensor([path])).logits[0] for path in paths]
-        shared = SharedPrompts(model, room=4)
+        shared = SharedPrompts(model)
         shared.arrange(tensor([]), [first, second], [2, 1])
         for step, (now, at) in enumerate(zip(read, places)):
             if step == 2:

@@ -7,6 +7,7 @@ order, the number of processes or a restart in between, as long as the model's f
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.checkpoints import Precision, device, load_causal_lm, load_tokenizer, numerics
-from rankwise.decoding import Decoder, LibraryCache, SharedPrompts, can_share
+from rankwise.decoding import STEPS, Decoder, LibraryCache, SharedPrompts, can_share
 from rankwise.draws import draw
 from rankwise.fingerprint import file_digest, tokenizer_digest, weights_digest
 from rankwise.rendering import Renderer
@@ -31,7 +32,6 @@ from rankwise.types import UserError
 log = logging.getLogger(__name__)
 
 ENGINE = "embedded-2"  # raise the number when the same inputs would give other answers
-STEPS = 16  # between two times that ended answers leave and prompts come
 Ended = Callable[[Sequence[int], Sequence[int]], bool]  # (prompt ids, answer ids) -> the answer's text holds a stop
 
 
@@ -49,6 +49,7 @@ class EmbeddedEngine:
     ):
         self.folder, self.sampling = Path(folder), sampling
         self.precision, self.batch_sequences = precision, batch_sequences
+        self._model: PreTrainedModel | None = None
 
     def identity(self) -> dict[str, Any]:
         # generation_config.json may name further end tokens.
@@ -62,13 +63,13 @@ class EmbeddedEngine:
 
     def answers(self, wanted: Sequence[Wanted]) -> Iterator[tuple[int, list[Sampled]]]:
         tokenizer = load_tokenizer(self.folder)
-        model = load_causal_lm(self.folder).to(device())
+        self._model = self._model or load_causal_lm(self.folder).to(device())
         yield from sample(
-            model,
+            self._model,
             [one.prompt_ids for one in wanted],
             [one.seeds for one in wanted],
             self.sampling,
-            ends=end_tokens(model, tokenizer.eos_token_id),
+            ends=end_tokens(self._model, tokenizer.eos_token_id),
             batch_sequences=self.batch_sequences,
             precision=self.precision,
             names=[one.name for one in wanted],
@@ -109,8 +110,6 @@ def sample(
 ) -> Iterator[tuple[int, list[Sampled]]]:
     """Yield (index of the prompt, its K answers), each when its last answer ends; shortest prompts are begun first.
 
-    The model is kept as it is needed here: with precision "bf16" its matrices are cast, once.
-
     Args:
         prompts: token ids of each prompt, at least one token.
         seeds: K seeds a prompt.
@@ -133,26 +132,31 @@ def sample(
         return
     model.eval()
     share, before = can_share(model), model.config._attn_implementation
-    with torch.inference_mode(), numerics(precision, model.device):
-        if not share:
-            log.warning("%s: every answer keeps a copy of its prompt, prompts wait in line", type(model).__name__)
-        if precision == "bf16":
-            _cast_matrices(model)
-        most = max((len(mine) for mine in seeds), default=1)
-        stops = torch.tensor(sorted({*ends, *sampling.stop_token_ids}), device=model.device)
-        decoder = SharedPrompts(model, room=sampling.max_new_tokens) if share else LibraryCache(model)
-        run = _Run(decoder, prompts, seeds, sampling, stops, limit, ended, model.config.get_text_config().vocab_size)
+    if not share:
+        log.warning("%s: every answer keeps a copy of its prompt, prompts wait in line", type(model).__name__)
+    stops = torch.tensor(sorted({*ends, *sampling.stop_token_ids}), device=model.device)
+    words = model.config.get_text_config().vocab_size
+    with torch.inference_mode(), numerics(precision, model.device), _cast_once(model, precision):
+        decoder = SharedPrompts(model) if share else LibraryCache(model)
+        run = _Run(decoder, prompts, seeds, sampling, stops, limit, ended, words)
         try:
-            yield from run.answers(order, max(most, batch_sequences))
+            yield from run.answers(order, max(*map(len, seeds), batch_sequences))
         finally:
             model.config._attn_implementation = before
 
 
-def _cast_matrices(model: nn.Module) -> None:
-    """Cast linear layers' weights once, as autocast would at every step; embeddings and norms stay as they are."""
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and module.weight.dtype == torch.float32:
-            module.weight = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
+@contextlib.contextmanager
+def _cast_once(model: nn.Module, precision: Precision) -> Iterator[None]:
+    """With bf16, linear layers' weights are cast for the block, as autocast would cast them at every step."""
+    linear = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m.weight.dtype == torch.float32]
+    before = [module.weight for module in linear] if precision == "bf16" else []
+    for module, weight in zip(linear, before):
+        module.weight = nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, weight in zip(linear, before):
+            module.weight = weight
 
 
 class _Rows(NamedTuple):
