@@ -33,10 +33,14 @@ from flows.summary import Outcome
 from rankwise.types import UserError
 from tasks.tracking import home
 
-# Stages that may ask services outside this machine; only these are tried again, after so many seconds each time.
+# Stages that ask services outside this machine, through code of the user's too: these are tried again whatever broke,
+# and any other one that says itself that its trouble may pass; after so many seconds each time.
 RETRIED = frozenset({"rollouts", "verdicts"})
 RETRY_AFTER_S = [float(seconds) for seconds in os.environ.get("RANKWISE_RETRY_AFTER_S", "10 60").split()]
-MISTAKE = "Mistake"  # the name of a Failed state that trying again cannot mend
+# Names of Failed states, by a stage's exit status
+MISTAKE = "Mistake"  # trying again cannot mend it
+AWAY = "Away"  # a server is away, busy, or died: trying again may do
+NAMES = {2: MISTAKE, os.EX_TEMPFAIL: AWAY}
 
 
 @dataclass
@@ -59,8 +63,8 @@ class StageFailed(Exception):
 
 
 def _worth_a_retry(one: Any, task_run: Any, state: State) -> bool:
-    outside = graph.matches(RETRIED, one.name) and state.name != MISTAKE
-    return outside and task_run.run_count <= len(RETRY_AFTER_S) and not process.stopping.is_set()
+    passes = state.name == AWAY or (graph.matches(RETRIED, one.name) and state.name != MISTAKE)
+    return passes and task_run.run_count <= len(RETRY_AFTER_S) and not process.stopping.is_set()
 
 
 # One more retry than the condition ever allows: at the true last attempt Prefect would log a traceback, even of
@@ -89,7 +93,7 @@ def run_stage(stage: str, force: bool = False) -> State:
     outcome = reading.outcome(status, time.monotonic() - began)
     _going.get().outcomes[stage] = outcome
     if outcome.state == "failed":
-        return Failed(name=MISTAKE if outcome.status == 2 else "Failed", message=outcome.note)
+        return Failed(name=NAMES.get(outcome.status, "Failed"), message=outcome.note)
     _leave_metrics(stage, outcome)
     if outcome.state == "cached":
         return Completed(name="Cached", message=outcome.note)
@@ -137,7 +141,7 @@ def align(
         return Failed(name=MISTAKE, message=str(error))
     except StageFailed as failure:
         _leave_summary(failure.outcomes)
-        name = MISTAKE if failure.stage.status == 2 else "Failed"
+        name = NAMES.get(failure.stage.status, "Failed")
         return Failed(name=name, message=str(failure), data=[asdict(outcome) for outcome in failure.outcomes])
     _leave_summary(outcomes)
     return Completed(message=summary.counts(outcomes), data=[asdict(outcome) for outcome in outcomes])

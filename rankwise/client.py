@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from rankwise.types import UserError
+from rankwise.types import Unavailable, UserError
 
 T, R = TypeVar("T"), TypeVar("R")
 LONGEST_PAUSE_S = 8.0  # between two askings; as the openai package has it
 CONNECT_TIMEOUT_S = 10.0
 LOOK_TIMEOUT_S = 30.0  # for pages that cost a server nothing
 SERVER_IS_GONE = 20  # things given up in a row, at least, before the rest is not tried
+LARGEST_NUMBER = 1_000_000  # that the environment may give: eleven days, or more requests than any server takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,21 +34,22 @@ class Endpoint:
     key: str = field(default="none", repr=False)  # sent as a bearer token; most servers of one's own ask for none
     model: str | None = None  # its name there, where the server need not be asked
     concurrency: int = 64  # requests under way at once
-    timeout_s: float = 600.0  # for one request, from its start
-    retries: int = 8  # 40 s of pauses, if no Retry-After asks for more
+    timeout_s: float = (
+        600.0  # longest silence of a connection: until a reply comes that is not streamed, or its next part
+    )
+    retries: int = 8  # 40 s of pauses, if no Retry-After asks for more; one above two minutes ends the trying
+    prefix: str = field(default="RANKWISE_ROLLOUTS", compare=False)  # of the variables that messages name
 
     @classmethod
     def from_environment(cls, prefix: str, environment: Mapping[str, str], *, url: str | None = None) -> Endpoint:
         """{prefix}_URL (unless url is given), _API_KEY, _MODEL, _CONCURRENCY, _TIMEOUT; raises UserError."""
-        url = url or environment.get(f"{prefix}_URL", "")
-        if urlsplit(url).scheme not in ("http", "https"):
-            raise UserError(f"{prefix}_URL is {url!r}; it has to be an address such as http://127.0.0.1:8000/v1")
         return cls(
-            url=url,
-            key=environment.get(f"{prefix}_API_KEY") or "none",
+            url=url or _address(environment, f"{prefix}_URL"),
+            key=_key(environment, f"{prefix}_API_KEY") or "none",
             model=environment.get(f"{prefix}_MODEL") or cls.model,
             concurrency=int(_number(environment, f"{prefix}_CONCURRENCY", cls.concurrency)),
             timeout_s=_number(environment, f"{prefix}_TIMEOUT", cls.timeout_s),
+            prefix=prefix,
         )
 
 
@@ -87,9 +89,11 @@ class Client:
         await self._openai.close()
 
     async def get(self, path: str) -> Any:
-        """A page as parsed JSON; None where the server has no such page. A path with / in front is the host's own.
+        """A page as parsed JSON; None where the server has no such page.
 
-        Raises UserError where nothing answers, or the key is not good.
+        A path with / in front is the host's own, which a gateway may keep to itself: any refusal is a None then.
+
+        Raises Unavailable where nothing answers or the server is in trouble, Refused where it will not give the page.
         """
         import openai
 
@@ -98,15 +102,25 @@ class Client:
         client = self._openai.with_options(max_retries=1, timeout=LOOK_TIMEOUT_S)
         try:
             return await client.get(url, cast_to=object)
-        except openai.AuthenticationError as error:
-            raise Refused(f"{self.endpoint.url} does not accept the key: {error}; set …_API_KEY") from None
         except openai.APIConnectionError as error:
-            raise UserError(
+            raise Unavailable(
                 f"nothing answers at {self.endpoint.url} ({_cause(error)}); start the server there, "
                 "or correct the address"
             ) from None
-        except (openai.APIStatusError, ValueError):
+        except openai.APIStatusError as error:
+            if path.startswith("/") or error.status_code in (404, 405):
+                return None
+            raise self._no_page(path, error) from None
+        except ValueError:
             return None
+
+    def _no_page(self, path: str, error: Any) -> UserError:
+        where = f"{self.endpoint.url}/{path}"
+        if error.status_code in (401, 403):
+            return Refused(f"{where} does not accept the key: {_quoted(error)}; set {self.endpoint.prefix}_API_KEY")
+        if _may_pass(error):
+            return Unavailable(f"{where} is in trouble: {_quoted(error)}; see the server's log, then run this again")
+        return Refused(f"{where} is refused: {_quoted(error)}; correct {self.endpoint.prefix}_URL")
 
     async def post(self, path: str, body: dict[str, Any], read: Callable[[Any], R]) -> R:
         """What `read` makes of the parsed answer; asked again where it raises Malformed.
@@ -117,9 +131,9 @@ class Client:
 
         for attempt in itertools.count():
             try:
-                return read(await self._openai.post(path, body=body, cast_to=object))
+                return _made(read, await self._openai.post(path, body=body, cast_to=object))
             except openai.APIStatusError as error:
-                if error.status_code >= 500 or error.status_code in (408, 409, 429):
+                if _may_pass(error):
                     raise Unanswered(str(error)) from None
                 raise Refused(f"{self.endpoint.url}{path} refuses the request: {_quoted(error)}") from None
             except openai.APIConnectionError as error:
@@ -135,8 +149,8 @@ class Client:
     ) -> AsyncGenerator[tuple[int, R]]:
         """(number of the item, its answer), as they come; items are taken as places become free, at_once in all.
 
-        Raises UserError at the end: that of the first item refused, after which no further one is asked; or one that
-        counts those unanswered, all others having been yielded.
+        Raises at the end: the UserError of the first item refused, after which no further one is asked; or
+        Unavailable, which counts those unanswered, all others having been yielded.
         """
         waiting, under_way = enumerate(items), {}
         unanswered, in_a_row, refusal, reason = [], 0, None, ""
@@ -172,7 +186,7 @@ class Client:
             raise refusal
         if unanswered:
             given_up = f", the last {in_a_row} in a row, and no more were tried" if in_a_row >= most_in_a_row else ""
-            raise UserError(
+            raise Unavailable(
                 f"{len(unanswered)} got no answer from {self.endpoint.url}{given_up}: {', '.join(unanswered[:5])}; "
                 f"the last reason: {reason}. All other answers are kept; run this again to ask for the rest alone"
             )
@@ -210,12 +224,55 @@ def synchronously(stream: AsyncGenerator[T]) -> Iterator[T]:
         loop.close()
 
 
+def _address(environment: Mapping[str, str], name: str) -> str:
+    """A server's address; a wrong one is quoted unless a password may be in it."""
+    url = environment.get(name, "").strip()
+    given = f"{name} is {url!r}" if "@" not in url else f"{name} is no address that can be used"
+    example = "it has to be an address such as http://127.0.0.1:8000/v1"
+    try:
+        parts = urlsplit(url)
+        user, _ = parts.username, parts.port  # a port that is none raises
+    except ValueError as error:
+        why = "" if "@" in url else f" ({error})"
+        raise UserError(f"{given}{why}; {example}") from None
+    if user is not None:
+        raise UserError(
+            f"{name} holds a user name or a password, which logs and messages would show; leave it out, and give the "
+            f"server's key in {name.removesuffix('_URL')}_API_KEY"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname or not url.isprintable() or " " in url:
+        raise UserError(f"{given}; {example}")
+    return url
+
+
+def _key(environment: Mapping[str, str], name: str) -> str:
+    """A key without the newline that its file ended in; no message ever quotes it."""
+    key = environment.get(name, "").strip()
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise UserError(f"{name} holds a space, a line break or a letter outside ASCII, as no key does; copy it again")
+    return key
+
+
 def _number(environment: Mapping[str, str], name: str, default: float) -> float:
     text = environment.get(name) or str(default)
     with contextlib.suppress(ValueError):
-        if float(text) >= 1:
+        if 1 <= float(text) <= LARGEST_NUMBER:
             return float(text)
-    raise UserError(f"{name} is {text!r}; it has to be a number of at least 1")
+    raise UserError(f"{name} is {text!r}; it has to be a number from 1 to {LARGEST_NUMBER}")
+
+
+def _made(read: Callable[[Any], R], reply: Any) -> R:
+    try:
+        return read(reply)
+    except UserError:
+        raise
+    except (AttributeError, TypeError, LookupError, ValueError) as error:  # of another shape than the API's
+        raise Malformed(f"{type(error).__name__}: {error}, in {str(reply)[:100]!r}") from error
+
+
+def _may_pass(error: Any) -> bool:
+    """Whether a status is one that the same request may not meet again."""
+    return error.status_code >= 500 or error.status_code in (408, 409, 429)
 
 
 def _quoted(error: Any) -> str:

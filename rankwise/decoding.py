@@ -24,6 +24,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rankwise.draws import NOT_FINITE
+from rankwise.types import UserError
+
 log = logging.getLogger(__name__)
 
 NAME = "rankwise_shared_prompts"
@@ -263,6 +266,8 @@ def _attend(
     unknown = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
     if unknown or options.get("is_causal") is False:
         raise NotImplementedError(f"attention over shared prompts has no {', '.join(unknown) or 'two-sided form'}")
+    if _hides_by_mask(module) and not options.get("sliding_window"):
+        raise NotImplementedError("attention over shared prompts is not told how far this layer looks back")
     scale = options.pop("scaling", None) or query.shape[-1] ** -0.5
     if slots.fresh is None:
         with torch.autocast(query.device.type, enabled=False):  # or it would cast all that is kept, at every step
@@ -272,6 +277,15 @@ def _attend(
     if options.get("softcap"):
         return _capped(query, key, value, attention_mask, scale, options["softcap"]), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scale, **options)
+
+
+def _hides_by_mask(module: nn.Module) -> bool:
+    """Whether a layer sees a part of the past only: some architectures say so in their mask and nowhere else."""
+    config = module.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return config.layer_types[module.layer_idx] != "full_attention"
+    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True) is not False
 
 
 def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
@@ -310,14 +324,14 @@ class LibraryCache:
             self.mask = self.mask[keep]
             self.cache.reorder_cache(keep)
             return
-        longest, where = max(map(len, prompts)) - 1, self.model.device
+        # Two places at least: state-space models heed a mask from there on.
+        longest, where = max(2, max(map(len, prompts)) - 1), self.model.device
         real = torch.tensor([[0] * (longest + 1 - len(p)) + [1] * (len(p) - 1) for p in prompts], device=where)
         owner_S = torch.arange(len(prompts), device=where).repeat_interleave(torch.tensor(answers, device=where))
         self.mask, self.cache = real[owner_S], DynamicCache(config=self.model.config)
-        if longest:
-            ids = torch.tensor([[0] * (longest + 1 - len(p)) + list(p[:-1]) for p in prompts], device=where)
-            self._forward(ids, real, (real.cumsum(1) - 1).clamp(min=0))
-            self.cache.reorder_cache(owner_S)
+        ids = torch.tensor([[0] * (longest + 1 - len(p)) + list(p[:-1]) for p in prompts], device=where)
+        self._forward(ids, real, (real.cumsum(1) - 1).clamp(min=0))
+        self.cache.reorder_cache(owner_S)
 
     def step(self, token_S: Tensor, position_S: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
@@ -336,31 +350,66 @@ class LibraryCache:
 
 
 @torch.no_grad()
-def can_share(model: PreTrainedModel) -> bool:
-    """Whether SharedPrompts gives the model's own logits, asked by a small batch with a prompt added on its way."""
+def decoder_for(model: PreTrainedModel) -> type[SharedPrompts | LibraryCache]:
+    """The first decoder that gives the model's own logits, asked by a small batch; raises UserError where none does."""
+    text = model.config.get_text_config()
+    if not bool(_alone(model, [1], model.config._attn_implementation).isfinite().all()):
+        raise UserError(NOT_FINITE)
+    if not getattr(text, "attention_chunk_size", None):  # longer than any probe, and wrong beyond it
+        for decoder in (SharedPrompts, LibraryCache):
+            if _agrees(model, decoder):
+                return decoder
+    raise UserError(
+        f"{type(model).__name__}: decoded with a cache, its logits are not those of the model itself, so answers would "
+        "come from another distribution; use engine: server, with a server that knows this architecture (vLLM)"
+    )
+
+
+def _agrees(model: PreTrainedModel, make: type[SharedPrompts | LibraryCache]) -> bool:
+    """Answers under way while others leave and prompts come; then a prompt of one token beside a longer one."""
     before = model.config._attn_implementation
     vocabulary = model.config.get_text_config().vocab_size
-    ids = [(n * 7919 % max(vocabulary - 1, 1) + 1) % vocabulary for n in range(1, 24)]
-    first, second, late = ids[:6], ids[6:9], ids[9:10]
-    paths = [[*first, *ids[10:14]], [*first, *ids[14:18]], [*second, *ids[18:20]], [*late, *ids[20:22]]]
-    places = [[5, 5, 2], [6, 6, 3], [7, 7, 0], [8, 8, 1]]  # of what is read at each step; then late takes the third row
-    read = [[0, 1, 2], [0, 1, 2], [1, 0, 3], [1, 0, 3]]  # and the first two change places
+    ids = [(n * 7919 % max(vocabulary - 1, 1) + 1) % vocabulary for n in range(1, 60)]
+    first, second, pair, single = ids[:6], ids[6:9], ids[9:11], ids[11:12]
+    tails = iter([ids[at : at + 4] for at in range(12, 52, 4)])
+    plan = [
+        ([], [first, second], [2, 1]),
+        ([1, 0], [single] if make.refills else [], [1]),
+        ([], [pair, single], [1, 1]),
+    ]
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
     tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=model.device)
+    rows: list[tuple[list[int], Tensor]] = []  # a prompt with an answer, and its logits in one go
+    places: list[int] = []  # of what each reads next
     try:
-        alone = [model(input_ids=tensor([path])).logits[0] for path in paths]
-        shared = SharedPrompts(model)
-        shared.arrange(tensor([]), [first, second], [2, 1])
-        for step, (now, at) in enumerate(zip(read, places)):
-            if step == 2:
-                shared.arrange(tensor([1, 0]), [late], [1])
-            got = shared.step(tensor([paths[n][place] for n, place in zip(now, at)]), tensor(at))
-            own = torch.stack([alone[n][place] for n, place in zip(now, at)])
-            if not torch.allclose(got.float().log_softmax(-1), own.float().log_softmax(-1), rtol=0, atol=tolerance):
-                return False
+        decoder = make(model)
+        for keep, prompts, answers in plan:
+            decoder.arrange(tensor(keep), prompts, answers[: len(prompts)])
+            rows, places = [rows[n] for n in keep], [places[n] for n in keep]
+            for prompt, count in zip(prompts, answers):
+                for path in [[*prompt, *next(tails)] for _ in range(count)]:
+                    rows.append((path, _alone(model, path, before)))
+                    places.append(len(prompt) - 1)
+            for _ in range(2):
+                tokens = [path[at] for (path, _), at in zip(rows, places)]
+                got = decoder.step(tensor(tokens), tensor(places)).float().log_softmax(-1)
+                own = torch.stack([logps[at] for (_, logps), at in zip(rows, places)])
+                if not torch.allclose(got, own, rtol=0, atol=tolerance):
+                    return False
+                places = [at + 1 for at in places]
         return True
-    except Exception as error:  # any refusal of the arguments or of the attention means the same
-        log.info("%s cannot share prompts: %s", type(model).__name__, error)
+    except Exception as error:  # any refusal of the arguments, of the attention or of the cache means the same
+        log.info("%s: no %s: %s", type(model).__name__, make.__name__, error)
         return False
     finally:
         model.config._attn_implementation = before
+
+
+def _alone(model: PreTrainedModel, path: list[int], implementation: str) -> Tensor:
+    """Log-probabilities [L, V] of a sequence by itself, as the model attends by itself."""
+    mine, model.config._attn_implementation = model.config._attn_implementation, implementation
+    try:
+        whole = torch.tensor([path], device=model.device)
+        return model(input_ids=whole, use_cache=False).logits[0].float().log_softmax(-1)
+    finally:
+        model.config._attn_implementation = mine

@@ -24,6 +24,7 @@ class Dialect:
     gives: dict[str, Any]  # asks for token ids and log-probs
     n_is_seeds: bool = False  # choice k of n is drawn with seed + k
     one_at_a_time: bool = False  # else seeds mean nothing
+    warning: str = ""  # what a user should know of every run
 
     def check(self, sampling: Sampling, url: str) -> None:
         """Raises UserError where the server lacks a setting that is not at rest."""
@@ -100,5 +101,11 @@ DIALECTS = {
         },
         takes_ids=None,
         gives={},
+        # Sent in no field, an option cannot be put to rest either.
+        warning=(
+            "top_k, min_p and penalties are not sent, as the OpenAI API has no such fields: the server's own defaults "
+            "apply and cannot be seen (llama.cpp and Ollama have a top_k of 40). Start it without them, or use vLLM, "
+            "transformers serve or the embedded engine"
+        ),
     ),
 }

@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from rankwise.sampling import Sampling
+from rankwise.types import UserError
 
 BLOCK = 256  # words added up before a draw looks among them: sums in float64 over a whole vocabulary cost too much
 NUCLEUS = 1024  # likeliest words that top-p looks at first; the whole vocabulary is sorted only where they fall short
+NOT_FINITE = (
+    "the model's logits are not finite numbers, so nothing can be drawn from them: its weights or its precision are at "
+    "fault; look at the training that made it (reports), or use precision fp32"
+)
 
 
 def draw(logits_SV: Tensor, uniform_S: Tensor, sampling: Sampling, seen_SV: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -23,11 +28,16 @@ def draw(logits_SV: Tensor, uniform_S: Tensor, sampling: Sampling, seen_SV: Tens
         logits_SV: of any floating dtype; not changed.
         uniform_S: float64 in [0, 1).
         seen_SV: bool, the words that the repetition penalty is for; None without one.
+
+    Of words that tie at the last place of top-k, as many stay as there is room for. Raises UserError on logits that are
+    not numbers.
     """
     raw_SV = logits_SV.float()
     top_S1 = raw_SV.amax(-1, keepdim=True)
     weight_SV = (raw_SV - top_S1).exp_()
     logsum_S = weight_SV.sum(-1).log_() + top_S1[:, 0]
+    if not bool(logsum_S.isfinite().all()):
+        raise UserError(NOT_FINITE)
     shaped_SV = raw_SV if seen_SV is None else _penalised(raw_SV, seen_SV, sampling.repetition_penalty)
     if sampling.temperature == 0:
         token_S = shaped_SV.argmax(-1)

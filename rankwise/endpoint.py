@@ -11,6 +11,8 @@ request; elsewhere each answer is a request of its own. How far a seed determine
 from __future__ import annotations
 
 import functools
+import math
+import sys
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from typing import Any
 from rankwise.client import Client, Endpoint, Malformed, Refused, Unanswered, synchronously
 from rankwise.dialects import DIALECTS, Dialect
 from rankwise.sampling import Sampled, Sampling, Wanted
-from rankwise.types import UserError
+from rankwise.types import Unavailable, UserError
 
 SHOWN = 5  # prompts that a message names
 
@@ -39,7 +41,7 @@ class ServerEngine:
 
     Args:
         source: what identity() says of the model: digests of its files, or the name that it is served under.
-        model: its name there; None: the endpoint's, or the only one that the server lists.
+        model: its name there, unless the endpoint names another; None: the only one that the server lists.
         ids: prompt ids are in the served model's tokens. If not, prompts go as text or messages and no ids come back.
     """
 
@@ -48,7 +50,7 @@ class ServerEngine:
     ):
         self.version = ""
         self._endpoint, self._sampling, self._source, self._ids = endpoint, sampling, source, ids
-        self._model = model or endpoint.model
+        self._model = endpoint.model or model
 
     def identity(self) -> dict[str, Any]:
         return {"engine": "server", "model": self._source, "sampling": self._sampling.identity()}
@@ -76,21 +78,38 @@ class ServerEngine:
     # Which server it is
 
     async def _look(self, client: Client, first: Wanted) -> _Server:
-        page = await client.get("models")
-        listed = page.get("data") or [] if isinstance(page, dict) else []
+        listed = await self._listed(client)
         names = [str(one.get("id")) for one in listed]
         if self._model is None and len(names) != 1:
             raise UserError(
                 f"the server lists {', '.join(names) or 'no model'} at {self._endpoint.url}/models: name the one "
-                "that is meant (…_MODEL in the environment), or correct the address, which usually ends in /v1"
+                f"that is meant in {self._endpoint.prefix}_MODEL, or correct the address, which usually ends in /v1"
             )
         model = self._model or names[0]
         about = next((one for one in listed if one.get("id") == model), {})
-        dialect = DIALECTS[await self._kind(client, about.get("owned_by", ""))]
+        dialect = DIALECTS[await self._kind(client, str(about.get("owned_by") or ""))]
         dialect.check(self._sampling, self._endpoint.url)
-        takes_ids = self._ids and dialect.takes_ids
-        server = _Server(dialect=dialect, model=model, context=about.get("max_model_len"), takes_ids=bool(takes_ids))
+        if dialect.warning:
+            print(f"warning: {self._endpoint.url} ({self.version}): {dialect.warning}", file=sys.stderr, flush=True)
+        takes_ids, context = self._ids and dialect.takes_ids, about.get("max_model_len")
+        server = _Server(
+            dialect=dialect,
+            model=model,
+            context=context if isinstance(context, int) else None,
+            takes_ids=bool(takes_ids),
+        )
         return await self._tried(client, server, first) if takes_ids is None else server
+
+    async def _listed(self, client: Client) -> list[dict[str, Any]]:
+        """The models that the server says it has; `transformers serve` has status 500 for an empty cache."""
+        try:
+            page = await client.get("models")
+        except Unavailable:
+            if self._model is None or not await _is_transformers(client):
+                raise
+            return []
+        listed = page.get("data") if isinstance(page, dict) else None
+        return [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
 
     async def _kind(self, client: Client, owner: str) -> str:
         """The server's dialect; notes its version."""
@@ -99,9 +118,7 @@ class ServerEngine:
             told = await client.get(pages[owner])
             self.version = f"{owner} {told.get('version', '') if isinstance(told, dict) else ''}".strip()
             return owner
-        routes = await client.get("/openapi.json")
-        # It lists what lies in the hub's cache, under its authors' names, and says nothing of itself.
-        if isinstance(routes, dict) and {"/load_model", "/v1/completions"} <= set(routes.get("paths", {})):
+        if await _is_transformers(client):
             self.version = "transformers serve"
             return "transformers"
         self.version = owner or "unknown"
@@ -115,7 +132,7 @@ class ServerEngine:
         except Refused:
             return server
         except Unanswered as error:
-            raise UserError(
+            raise Unavailable(
                 f"{self._endpoint.url} lists its models and does not answer: {error}; see its log"
             ) from None
         return _Server(**{**vars(server), "takes_ids": found == len(first.prompt_ids)})
@@ -177,6 +194,10 @@ class ServerEngine:
             raise Malformed(f"a choice with finish_reason {reason!r} and {type(text).__name__} for a text")
         ids = choice.get("token_ids") if server.takes_ids else None
         logps = (choice.get("logprobs") or {}).get("token_logprobs") if ids is not None else None
+        if ids is not None and not (isinstance(ids, list) and all(type(one) is int for one in ids)):
+            raise Malformed(f"token ids that are none: {str(ids)[:100]}")
+        if logps is not None and not (isinstance(logps, list) and all(map(_is_number, logps))):
+            raise Malformed(f"log-probs that are none: {str(logps)[:100]}")
         if logps is not None and len(logps) != len(ids):
             raise Malformed(f"{len(logps)} log-probs for {len(ids)} tokens")
         ends = [text.find(stop) for stop in self._sampling.stop if stop in text]  # vLLM has cut it, others have not
@@ -196,8 +217,9 @@ def _checked(reply: Any, n: int) -> dict[str, Any]:
     choices = reply.get("choices") if isinstance(reply, dict) else None
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise Malformed(f"no choices in {str(reply)[:100]!r}")
-    choices = sorted(choices, key=lambda choice: choice.get("index", 0))
-    if [choice.get("index", 0) for choice in choices] != list(range(len(choices))) or not 1 <= len(choices) <= n:
+    index = lambda choice: choice.get("index") or 0
+    choices = sorted(choices, key=index)
+    if [*map(index, choices)] != list(range(len(choices))) or not 1 <= len(choices) <= n:
         raise Malformed(f"{len(choices)} choices where {n} were asked for")
     return {**reply, "choices": choices}
 
@@ -205,4 +227,16 @@ def _checked(reply: Any, n: int) -> dict[str, Any]:
 def _prompt_tokens(reply: dict[str, Any]) -> int | None:
     """Tokens of the prompt as the server counts them, if it does."""
     usage = reply.get("usage")
-    return usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    return count if isinstance(count, int) else None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+async def _is_transformers(client: Client) -> bool:
+    """By its routes: its list of models is what lies in the hub's cache, and it says nothing of itself."""
+    page = await client.get("/openapi.json")
+    routes = page.get("paths") if isinstance(page, dict) else None
+    return isinstance(routes, dict) and {"/load_model", "/v1/completions"} <= set(routes)

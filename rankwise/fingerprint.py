@@ -6,6 +6,7 @@ impossible. Nothing here depends on a path, a time or a machine.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -29,7 +30,13 @@ def digest(*parts: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Hash of a file's bytes."""
+    """Hash of a file's bytes; within a process a file that was not touched since is not read again."""
+    about = path.stat()
+    return _bytes_digest(path.resolve(), about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _bytes_digest(path: Path, *_: int) -> str:
     hasher = hashlib.sha256()
     with open(path, "rb") as handle:
         while chunk := handle.read(CHUNK_BYTES):
@@ -45,6 +52,13 @@ def weights_digest(folder: Path) -> str:
 def tokenizer_digest(folder: Path) -> str:
     """Identity of a model folder's tokenizer and chat template."""
     return _files_digest(folder, TOKENIZER_FILES)
+
+
+def sampling_digests(folder: Path) -> list[str]:
+    """Identity of a model folder as a source of answers."""
+    # generation_config.json may name further end tokens; code of a folder's own is run where the user trusts it.
+    more = sorted([*Path(folder).glob("generation_config.json"), *Path(folder).glob("*.py")])
+    return [weights_digest(folder), tokenizer_digest(folder), *map(file_digest, more)]
 
 
 def sampled_from(weights: str, prompt_ids: Sequence[int]) -> str:

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.checkpoints import Precision, device, load_causal_lm, load_tokenizer, numerics
-from rankwise.decoding import STEPS, Decoder, LibraryCache, SharedPrompts, can_share
+from rankwise.checkpoints import Precision, check_vocabulary, device, load_causal_lm, load_tokenizer, numerics
+from rankwise.decoding import STEPS, Decoder, decoder_for
 from rankwise.draws import draw
-from rankwise.fingerprint import file_digest, tokenizer_digest, weights_digest
+from rankwise.fingerprint import sampling_digests
 from rankwise.rendering import Renderer
 from rankwise.sampling import Sampled, Sampling, Wanted
+from rankwise.scoring import rotary_limits
 from rankwise.types import UserError
 
 log = logging.getLogger(__name__)
@@ -52,18 +53,23 @@ class EmbeddedEngine:
         self._model: PreTrainedModel | None = None
 
     def identity(self) -> dict[str, Any]:
-        # generation_config.json may name further end tokens.
-        configured = [file_digest(path) for path in self.folder.glob("generation_config.json")]
         return {
             "engine": ENGINE,
-            "model": [weights_digest(self.folder), tokenizer_digest(self.folder), *configured],
+            "model": sampling_digests(self.folder),
             "sampling": self.sampling.identity(),
             "precision": self.precision,
         }
 
     def answers(self, wanted: Sequence[Wanted]) -> Iterator[tuple[int, list[Sampled]]]:
         tokenizer = load_tokenizer(self.folder)
-        self._model = self._model or load_causal_lm(self.folder).to(device())
+        if self._model is None:
+            self._model = load_causal_lm(self.folder).to(device())
+            check_vocabulary(self._model, tokenizer, where=self.folder)
+        if special := sorted(set(self.sampling.stop) & set(tokenizer.all_special_tokens)):
+            raise UserError(
+                f"stop: {', '.join(special)}: special tokens are no part of an answer's text, so it would never hold "
+                f"them; put their ids into stop_token_ids: {tokenizer.convert_tokens_to_ids(special)}"
+            )
         yield from sample(
             self._model,
             [one.prompt_ids for one in wanted],
@@ -118,31 +124,54 @@ def sample(
         names: what messages call the prompts; their numbers, where there are none.
         ended: asked after every token whether the answer's text ends it.
 
-    Raises UserError where a prompt leaves no room in the model's context.
+    Raises UserError before anything is answered where prompts leave no room in the model's context, and where logits
+    are no numbers.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
-    for number, prompt in enumerate(prompts):
-        if not prompt or (limit and len(prompt) >= limit):
-            raise UserError(
-                f"prompt {names[number] if names else number} of {len(prompt)} tokens cannot be answered by a model "
-                f"with a context of {limit} tokens; shorten it (max_prompt_tokens) or drop it in the prompts stage"
-            )
+    _check_room(model, prompts, names or [str(number) for number in range(len(prompts))], limit, sampling)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     if not prompts:
         return
     model.eval()
-    share, before = can_share(model), model.config._attn_implementation
-    if not share:
+    make, before = decoder_for(model), model.config._attn_implementation
+    if not make.refills:
         log.warning("%s: every answer keeps a copy of its prompt, prompts wait in line", type(model).__name__)
     stops = torch.tensor(sorted({*ends, *sampling.stop_token_ids}), device=model.device)
-    words = model.config.get_text_config().vocab_size
+    words = model.get_output_embeddings().weight.shape[0]
     with torch.inference_mode(), numerics(precision, model.device), _cast_once(model, precision):
-        decoder = SharedPrompts(model) if share else LibraryCache(model)
-        run = _Run(decoder, prompts, seeds, sampling, stops, limit, ended, words)
+        run = _Run(make(model), prompts, seeds, sampling, stops, limit, ended, words)
         try:
             yield from run.answers(order, max(*map(len, seeds), batch_sequences))
         finally:
             model.config._attn_implementation = before
+
+
+def _check_room(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    names: Sequence[str],
+    limit: int | None,
+    sampling: Sampling,
+) -> None:
+    several = lambda numbers: ", ".join(f"{names[n]} ({len(prompts[n])})" for n in numbers[:10])
+    told = lambda numbers: f"{several(numbers)}; {len(numbers)} in all"
+    if empty := [n for n, prompt in enumerate(prompts) if not prompt]:
+        raise UserError(
+            f"prompts of no token cannot be answered: {told(empty)}; the tokenizer has no BOS to begin with: drop them "
+            "in the prompts stage"
+        )
+    if long := [n for n, prompt in enumerate(prompts) if limit and len(prompt) >= limit]:
+        raise UserError(
+            f"prompts that cannot be answered by a model with a context of {limit} tokens: {told(long)}; shorten them "
+            "(max_prompt_tokens) or drop them in the prompts stage"
+        )
+    for kind, most in rotary_limits(model):
+        if long := [n for n, prompt in enumerate(prompts) if len(prompt) + sampling.max_new_tokens > most]:
+            raise UserError(
+                f"{type(model).__name__}: prompts that with max_new_tokens = {sampling.max_new_tokens} pass {most} "
+                f"positions: {told(long)}. There its rotary table ({kind}) changes for a whole batch, so answers would "
+                "depend on their neighbours; shorten them (max_prompt_tokens, max_new_tokens) or use engine: server"
+            )
 
 
 @contextlib.contextmanager

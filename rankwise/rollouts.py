@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +18,13 @@ from typing import Any, Literal
 import torch
 
 from rankwise.checkpoints import Precision, load_tokenizer
-from rankwise.fingerprint import digest, file_digest, sampled_from, tokenizer_digest, weights_digest
+from rankwise.fingerprint import digest, sampled_from, tokenizer_digest, weights_digest
 from rankwise.parallel import Processes, processes
 from rankwise.progress import Progress
 from rankwise.rendering import Renderer
 from rankwise.sampling import Engine, Sampled, Sampling, Wanted, seed_of
 from rankwise.store import Store
-from rankwise.types import Answer, Row, UserError
+from rankwise.types import Answer, Row, Unavailable, UserError
 
 COMMIT_ROWS = 64  # finished rows are put into the store by so many …
 COMMIT_S = 1.0  # … or when one comes and the last time was so long ago; a kill loses those in between
@@ -97,76 +96,15 @@ def sample_rows(
 def engine_of(request: Request) -> Engine:
     """The engine that a request names; nothing is loaded or started yet."""
     if request.engine == "server":
-        return _Served(request)
+        from rankwise.serving import ServedEngine
+
+        return ServedEngine(folder=request.folder, name=request.name, sampling=request.sampling, prefix=request.prefix)
     from rankwise.generation import EmbeddedEngine
 
     assert request.folder is not None, "the embedded engine wants a folder"
     return EmbeddedEngine(
         request.folder, request.sampling, precision=request.precision, batch_sequences=request.batch_sequences
     )
-
-
-class _Served:
-    """The server engine; where no server runs already, one is started for the answers and stopped after them."""
-
-    version = ""
-
-    def __init__(self, request: Request):
-        self._request = request
-        folder = request.folder
-        self._source = {"name": request.name} if folder is None else {"files": _model_digests(folder)}
-
-    def identity(self) -> dict[str, Any]:
-        from rankwise.client import Endpoint
-
-        return self._engine(Endpoint(url="")).identity()  # where the server is, is no part of it
-
-    def answers(self, wanted: Sequence[Wanted]) -> Iterator[tuple[int, list[Sampled]]]:
-        from rankwise.serving import serving
-
-        asked, (environment, log) = self._request, server_environment(os.environ)
-        if asked.folder is None and not environment.get(f"{asked.prefix}_URL"):
-            raise UserError(
-                f"{asked.name!r} is no folder that a server could be started for; set {asked.prefix}_URL to one that "
-                "serves a model of this name (http://HOST:PORT/v1), or put the model's folder into data/source"
-            )
-        with serving(asked.folder or Path(), environment, prefix=asked.prefix, log=log) as endpoint:
-            engine = self._engine(endpoint)
-            with contextlib.closing(engine.answers(wanted)) as answers:
-                for index, sampled in answers:
-                    self.version = engine.version
-                    yield index, sampled
-
-    def _engine(self, endpoint: Any) -> Any:
-        from rankwise.endpoint import ServerEngine
-
-        asked = self._request
-        return ServerEngine(
-            endpoint=endpoint,
-            sampling=asked.sampling,
-            source=self._source,
-            model=asked.name,
-            ids=asked.folder is not None,
-        )
-
-
-def server_environment(environment: Mapping[str, str]) -> tuple[dict[str, str], Path]:
-    """The environment and log of a server that this process starts: its own GPU beside others, not of their launch."""
-    launch = ("LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-    whose = lambda name: name in ("RANK", "WORLD_SIZE") or name.startswith(launch)
-    own = {name: value for name, value in environment.items() if not whose(name)}
-    local = int(environment.get("LOCAL_RANK", "0"))
-    log = Path(environment.get("RANKWISE_HOME", ".rankwise")) / "logs" / f"server-{local}.log"
-    if int(environment.get("LOCAL_WORLD_SIZE", "1")) > 1 and environment.get("CUDA_VISIBLE_DEVICES") != "":
-        visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        own["CUDA_VISIBLE_DEVICES"] = visible[local] if visible != [""] else str(local)
-    return own, log
-
-
-def _model_digests(folder: Path) -> list[str]:
-    # generation_config.json may name further end tokens.
-    configured = [file_digest(path) for path in folder.glob("generation_config.json")]
-    return [weights_digest(folder), tokenizer_digest(folder), *configured]
 
 
 def with_teacher(rows: Sequence[Row], taught: Sequence[Row], *, same_tokenizer: bool) -> list[Row]:
@@ -257,12 +195,12 @@ def _kept(sampled: Sampled) -> dict[str, Any]:
 
 def _raise(trouble: UserError | None, here: Processes) -> None:
     """A process's trouble is raised once the others have done their share; the first speaks for those without."""
-    told = here.to_first("" if trouble is None else str(trouble))
+    told = here.to_first(None if trouble is None else [str(trouble), isinstance(trouble, Unavailable)])
     if trouble is not None:
         raise trouble
-    for rank, text in enumerate(told):
+    for rank, (text, may_pass) in enumerate(one or ("", False) for one in told):
         if text:
-            raise UserError(f"process {rank} of this launch: {text}")
+            raise (Unavailable if may_pass else UserError)(f"process {rank} of this launch: {text}")
 
 
 def _collect(keys: Sequence[str], store: Store, here: Processes) -> None:

@@ -67,7 +67,8 @@ class Engine(Protocol):
     def answers(self, wanted: Sequence[Wanted]) -> Iterator[tuple[int, list[Sampled]]]:
         """Yield (index into wanted, its K answers in the order of its seeds), each as soon as it is done.
 
-        Raises UserError where prompts cannot be answered, after all others were.
+        Raises UserError before any is asked where prompts cannot be asked at all (no room in the context), and after
+        all others were answered where some got no answer.
         """
         ...
 

@@ -150,7 +150,7 @@ def _attend_to_trees(model: PreTrainedModel) -> None:
     model.config._attn_implementation = TREE_ATTENTION
 
 
-def _rotary_limits(model: PreTrainedModel) -> list[tuple[str, int]]:
+def rotary_limits(model: PreTrainedModel) -> list[tuple[str, int]]:
     """(type, positions) of each rotary table that the library chooses by the longest row of a batch."""
     rope = getattr(model.config, "rope_parameters", None) or {}
     tables = [rope] if "rope_type" in rope else [table for table in rope.values() if isinstance(table, dict)]
@@ -163,12 +163,12 @@ def _rotary_limits(model: PreTrainedModel) -> list[tuple[str, int]]:
 
 
 def _rotary_tables(model: PreTrainedModel, rows: list[TokenRow]) -> set[tuple[bool, ...]]:
-    limits = _rotary_limits(model)
+    limits = rotary_limits(model)
     return {tuple(row.longest_path > limit for _, limit in limits) for row in rows}
 
 
 def _check_rotary_tables(model: PreTrainedModel, rows: list[TokenRow]) -> None:
-    if not (limits := _rotary_limits(model)):
+    if not (limits := rotary_limits(model)):
         return
     if len(_rotary_tables(model, rows)) > 1:
         raise UserError(

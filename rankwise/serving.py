@@ -1,9 +1,10 @@
-"""A server for the length of a block: the one that runs already, or one started for it and stopped after it."""
+"""A server for as long as it is asked: the one that runs already, or one started for it and stopped after it."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import shlex
 import shutil
@@ -14,18 +15,87 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rankwise.client import Endpoint
-from rankwise.types import UserError
+from rankwise.endpoint import ServerEngine
+from rankwise.fingerprint import sampling_digests
+from rankwise.sampling import Sampled, Sampling, Wanted
+from rankwise.types import Unavailable, UserError
 
 VLLM = "vllm serve {model} --host 127.0.0.1 --port {port}"
 START_LIMIT_S = 1800.0  # tens of GB from a slow disk, then compilation
 STOP_LIMIT_S = 5.0  # before the server is killed; it has nothing to save
 SAY_EVERY_S = 10.0
 TAIL_LINES = 15  # of the log, in a message
+
+
+class ServedEngine:
+    """The server engine; where no server runs already, one is started for the answers and stopped after them.
+
+    Args:
+        folder: the model; None: only a server that runs knows it, as `name`.
+        prefix: of the environment's variables that say where its server is.
+    """
+
+    version = ""
+
+    def __init__(self, *, folder: Path | None, name: str | None, sampling: Sampling, prefix: str):
+        self._folder, self._name, self._sampling, self._prefix = folder, name, sampling, prefix
+        self._source = {"name": name} if folder is None else {"files": sampling_digests(folder)}
+
+    def identity(self) -> dict[str, Any]:
+        return self._engine(Endpoint(url="")).identity()  # where the server is, is no part of it
+
+    def answers(self, wanted: Sequence[Wanted]) -> Iterator[tuple[int, list[Sampled]]]:
+        environment, log = server_environment(os.environ)
+        if self._folder is None and not environment.get(f"{self._prefix}_URL"):
+            raise UserError(
+                f"{self._name!r} is no folder that a server could be started for; set {self._prefix}_URL to one that "
+                "serves a model of this name (http://HOST:PORT/v1), or put the model's folder into data/source"
+            )
+        with serving(self._folder or Path(), environment, prefix=self._prefix, log=log) as endpoint:
+            engine = self._engine(endpoint)
+            with contextlib.closing(engine.answers(wanted)) as answers:
+                for index, sampled in answers:
+                    self.version = engine.version
+                    yield index, sampled
+
+    def _engine(self, endpoint: Endpoint) -> ServerEngine:
+        known = self._folder is not None
+        return ServerEngine(
+            endpoint=endpoint, sampling=self._sampling, source=self._source, model=self._name, ids=known
+        )
+
+
+def server_environment(environment: Mapping[str, str]) -> tuple[dict[str, str], Path]:
+    """The environment and log of a server that this process starts: its own GPU beside others, not of their launch.
+
+    Raises UserError where CUDA_VISIBLE_DEVICES names fewer GPUs than this machine has processes.
+    """
+    launch = ("LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+    whose = lambda name: name in ("RANK", "WORLD_SIZE") or name.startswith(launch)
+    own = {name: value for name, value in environment.items() if not whose(name)}
+    local, count = int(environment.get("LOCAL_RANK", "0")), int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    log = Path(environment.get("RANKWISE_HOME", ".rankwise")) / "logs" / f"server-{local}.log"
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    if count > 1 and named != "":
+        own["CUDA_VISIBLE_DEVICES"] = str(local) if named is None else _devices(named, count)[local]
+    return own, log
+
+
+def _devices(named: str, count: int) -> list[str]:
+    """The GPUs that CUDA_VISIBLE_DEVICES names, as CUDA reads it: -1 ends the list."""
+    devices = [*itertools.takewhile(lambda one: one != "-1", map(str.strip, named.split(",")))]
+    if len(devices) < count:
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES is {named!r}: {len(devices)} GPU(s) for {count} processes that start a server each; "
+            "name one for each, lower --nproc-per-node, or set it empty for servers without a GPU"
+        )
+    return devices
 
 
 @contextlib.contextmanager
@@ -43,7 +113,8 @@ def serving(
     on a free port of this machine, its output in `log`. It ends with the block, and with this process however that
     ends (Linux).
 
-    Raises UserError where there is nothing to start, or what was started dies or does not answer in time.
+    Raises UserError where there is nothing to start, or what was started does not answer in time; Unavailable where it
+    dies.
     """
     if environment.get(f"{prefix}_URL"):
         yield Endpoint.from_environment(prefix, environment)
@@ -58,7 +129,7 @@ def serving(
     except UserError as error:
         if process.poll() is None:
             raise
-        raise UserError(f"{error}\nthe server ended with status {process.returncode}; {_tail(log)}") from error
+        raise type(error)(f"{error}\nthe server ended with status {process.returncode}; {_tail(log)}") from error
     finally:
         _stop(process)
 
@@ -109,7 +180,7 @@ def _await(process: subprocess.Popen, url: str, log: Path, limit_s: float) -> No
     while not _answers(url):
         now = time.monotonic()
         if process.poll() is not None:
-            raise UserError("the server died before it answered")
+            raise Unavailable("the server died before it answered")
         if now - began > limit_s:
             raise UserError(f"the server did not answer within {limit_s:.0f} s; {_tail(log)}")
         if now - spoke >= SAY_EVERY_S:

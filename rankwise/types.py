@@ -25,6 +25,13 @@ class UserError(ValueError):
     """
 
 
+class Unavailable(UserError):
+    """Trouble that may pass by itself, a server that is away or busy: later the same command may do.
+
+    Stages show the message alone and exit with status 75 (EX_TEMPFAIL); the flow runs them again.
+    """
+
+
 @dataclass(frozen=True, kw_only=True)
 class Message:
     """One turn of a prompt. Plain text that is to be continued is a single message of role "text"."""

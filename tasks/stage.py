@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any
 
 from rankwise.rows import write_aside, write_json
 from rankwise.runtime import keep_freed_memory, spin_briefly
-from rankwise.types import UserError
+from rankwise.types import Unavailable, UserError
 from tasks import params as params_module
 from tasks import tracking
 
@@ -148,7 +149,7 @@ def _settle(path: Path, aside: Path, old: Path) -> None:
 
 
 def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any, Stage], None]) -> int:
-    """The command line of a stage; returns the exit status: 0 done, 2 a mistake of the user's, 143 stopped."""
+    """The command line of a stage; returns the exit status: 0, 2 a mistake, 75 trouble that may pass, 143 stopped."""
     arguments = _parse(name, params_type, paths_type, run)
     paths = paths_type(**{f.name: getattr(arguments, f.name) for f in fields(paths_type)})
     _leave_with_parent()
@@ -162,7 +163,7 @@ def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any
             _run_tracked(name, params, paths, run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return os.EX_TEMPFAIL if isinstance(error, Unavailable) else 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
@@ -211,12 +212,13 @@ def _parse(name: str, params_type: type, paths_type: type, run: Callable) -> arg
 
 
 def _describe(params_type: type, indent: str = "  ") -> str:
-    lines = []
+    lines, hints = [], typing.get_type_hints(params_type)
     for spec in fields(params_type):
         default = params_module.default_of(spec)
         doc = spec.metadata["doc"]
-        if hasattr(default, "__dataclass_fields__"):
-            lines += [f"{indent}{spec.name}: {doc}", _describe(type(default), indent + "  ")]
+        if (section := params_module.section_of(hints[spec.name])) is not None:
+            rest = " (default: null)" if default is None else ""
+            lines += [f"{indent}{spec.name}: {doc}{rest}", _describe(section, indent + "  ")]
         else:
             lines.append(f"{indent}{spec.name:<22} {doc} (default: {default})")
     return "\n".join(lines)

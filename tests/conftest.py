@@ -43,6 +43,9 @@ class Toy:
             sys.exit(2)
         if os.environ.get("TOY_CRASH") == name:
             raise RuntimeError("the judge is away")
+        if os.environ.get("TOY_AWAY") == name:
+            print("error: the server is away", file=sys.stderr)
+            sys.exit(75)
         report = pathlib.Path("reports", name)
         report.mkdir(parents=True, exist_ok=True)
         report.joinpath("metrics.json").write_text(json.dumps({"loss": 0.25, "kl": {"mean": 1.5}}))

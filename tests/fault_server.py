@@ -46,6 +46,8 @@ class FaultServer:
     never: Callable[[dict], bool] = lambda body: False  # requests that always get 500
     refuse: Callable[[dict], bool] = lambda body: False  # requests that always get 400
     answer: Callable[[dict, int], str] | None = None  # (body, seed) to text, in place of what it makes up
+    odd: Callable[[dict], object] | None = None  # changes every choice before it is given
+    models_status: int = 200  # of the list of models
 
     asked: list[dict] = field(default_factory=list, init=False)  # bodies, in order of arrival
     given: Counter = field(default_factory=Counter, init=False)  # faults
@@ -123,6 +125,8 @@ class FaultServer:
             choice["token_ids"] = ids
         if body.get("logprobs") is not None:
             choice["logprobs"] = {"token_logprobs": [-0.01 * i for i in ids]}
+        if self.odd is not None:
+            self.odd(choice)
         return choice
 
     def prompt_tokens(self, body: dict) -> int:
@@ -146,7 +150,9 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        if self.path == "/v1/models":
+        if self.path == "/v1/models" and self.owner.models_status != 200:
+            self._json(self.owner.models_status, {"error": {"message": "no list today"}})
+        elif self.path == "/v1/models":
             model = {"id": "tiny", "owned_by": self.owner.dialect, "max_model_len": self.owner.context}
             self._json(200, {"data": [model]})
         elif self.path in ("/version", "/get_server_info") and self.owner.dialect in ("vllm", "sglang"):

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -357,6 +358,34 @@ def test_answers_that_nobody_can_rank_stop_the_run_once_they_are_reported(projec
     assert all(word in error for word in words), error
     told = project.metrics("rollouts")
     assert max(told[f"{name}_share"] for name in ("duplicate", "empty", "cut")) > 0.5
+
+
+# Servers
+
+
+def served(project: tiny.Project, **environment: str) -> tiny.Said:
+    project.change({"rollouts": {"engine": "server"}})
+    environment = {f"RANKWISE_ROLLOUTS_{name}": value for name, value in environment.items()}
+    return project.run("rollouts", before=tiny.told_that(**environment))
+
+
+def test_a_server_that_is_away_is_worth_another_try(project):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        told = served(project, URL=f"http://127.0.0.1:{closed.getsockname()[1]}/v1")
+    assert told.status == os.EX_TEMPFAIL and told.err.count("\nerror: nothing answers at http://127.0.0.1:") == 1
+    assert "Traceback" not in told.out + told.err
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"URL": "http://HOST:PORT/v1"}, "RANKWISE_ROLLOUTS_URL is 'http://HOST:PORT/v1'"),
+        ({"URL": "http://127.0.0.1:9/v1", "CONCURRENCY": "inf"}, "RANKWISE_ROLLOUTS_CONCURRENCY is 'inf'"),
+    ],
+)
+def test_a_server_that_is_told_of_wrongly_is_a_mistake(project, environment, words):
+    assert words in served(project, **environment).error
 
 
 # What belongs together

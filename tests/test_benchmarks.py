@@ -143,7 +143,6 @@ def our_step(ours):
     return ours.gradients(SMALL, FP32)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about arguments that TRL passes
 def test_both_sides_take_the_same_step(our_step, tmp_path):
     from benchmarks import theirs
 

@@ -15,7 +15,7 @@ from fault_server import FAULTS, FaultServer
 from rankwise.client import Endpoint
 from rankwise.endpoint import ServerEngine
 from rankwise.sampling import Sampling, Wanted, seed_of
-from rankwise.types import Message, UserError, text_prompt
+from rankwise.types import Message, Unavailable, UserError, text_prompt
 
 SAMPLING = Sampling(max_new_tokens=8)
 
@@ -61,7 +61,7 @@ def test_with_faults_of_every_kind_each_answer_comes_once_and_is_the_faultless_s
 def test_a_fault_that_never_ends_is_named_with_its_prompts(fault):
     named = r"2 got no answer .*prompt p[01], prompt p[01]; the last reason: \S.* run this again"
     with FaultServer(faults={fault: 1.0}, slow_s=0.4) as server:
-        with pytest.raises(UserError, match=named):
+        with pytest.raises(Unavailable, match=named):
             answers(server, wanted(2), retries=1, timeout_s=0.2)
         # Asked again by us or by the package, and never by both.
         assert all(count == 2 for count in Counter(str(body) for body in server.asked).values())
@@ -100,8 +100,9 @@ def test_retry_after_is_respected():
 def test_a_refused_request_stops_the_asking_and_quotes_the_server():
     with FaultServer(refuse=lambda body: body["prompt"][1] == 30, latency_s=0.005) as server:
         stream, got = engine(server).answers(wanted(400)), []
-        with pytest.raises(UserError, match=r"prompt p20: .* refuses .*400.*this one I will not have"):
+        with pytest.raises(UserError, match=r"prompt p20: .* refuses .*400.*this one I will not have") as refusal:
             got.extend(stream)
+    assert not isinstance(refusal.value, Unavailable)  # it would be refused again
     assert len(got) == len(server.asked) < 60  # and what was under way is not lost
 
 
@@ -117,7 +118,7 @@ def test_a_server_that_is_down_is_told_before_anything_is_asked():
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
         endpoint = Endpoint(url=url)
-        with pytest.raises(UserError, match=f"nothing answers at {url} .*start the server"):
+        with pytest.raises(Unavailable, match=f"nothing answers at {url} .*start the server"):
             list(ServerEngine(endpoint=endpoint, sampling=SAMPLING, source={}).answers(wanted(1)))
 
 
@@ -125,7 +126,7 @@ def test_a_server_that_lists_models_and_answers_nothing_is_told():
     """A plain server is asked for one token first, to see whether it takes ids."""
     with (
         FaultServer(dialect="ids", never=lambda body: True) as server,
-        pytest.raises(UserError, match=r"lists its models and does not answer: .*broken inside"),
+        pytest.raises(Unavailable, match=r"lists its models and does not answer: .*broken inside"),
     ):
         answers(server, wanted(1), retries=0)
 
@@ -133,9 +134,58 @@ def test_a_server_that_lists_models_and_answers_nothing_is_told():
 def test_an_address_of_no_api_is_named():
     with (
         FaultServer() as server,
-        pytest.raises(UserError, match=r"lists no model at .*/elsewhere/models: .* usually ends in /v1"),
+        pytest.raises(UserError, match=r"lists no model at .*/elsewhere/models: .* in J_MODEL, .* usually ends in /v1"),
     ):
-        answers(server, wanted(1), url=server.url.replace("/v1", "/elsewhere"))
+        answers(server, wanted(1), url=server.url.replace("/v1", "/elsewhere"), prefix="J")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "said"),
+    [
+        (401, UserError, "does not accept the key: status 401, .*no list today.*; set J_API_KEY"),
+        (403, UserError, "does not accept the key: status 403, .*no list today.*; set J_API_KEY"),
+        (400, UserError, "is refused: status 400, .*no list today.*; correct J_URL"),
+        (429, Unavailable, "is in trouble: status 429, .*no list today"),
+        (500, Unavailable, "is in trouble: status 500, .*no list today"),
+    ],
+)
+def test_a_list_of_models_that_is_not_given_is_told_by_its_status(status, kind, said):
+    """And never as a server that lists no model, or one of another kind."""
+    with FaultServer(models_status=status) as server:
+        for model in (None, "tiny"):
+            with pytest.raises(UserError, match=f"{server.url}/models {said}") as told:
+                answers(server, wanted(1), prefix="J", model=model)
+            assert isinstance(told.value, Unavailable) == (kind is Unavailable)
+        assert not server.asked
+
+
+def test_the_environments_name_for_a_model_wins():
+    with FaultServer(dialect="text") as server:
+        endpoint = Endpoint(url=server.url, model="as it is called here")
+        asking = ServerEngine(endpoint=endpoint, sampling=SAMPLING, source={}, model="as the recipe calls it")
+        list(asking.answers(wanted(1)))
+        assert {body["model"] for body in server.asked} == {"as it is called here"}
+
+
+ODD = {  # what is done to a choice of a whole reply
+    "a list for log-probs": lambda choice: choice.update(logprobs=[-1.0]),
+    "no number among the log-probs": lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(0, None),
+    "a log-prob that is not finite": lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(0, float("nan")),
+    "a text for ids": lambda choice: choice.update(token_ids="abc", logprobs=None),
+    "texts for ids": lambda choice: choice.update(token_ids=["1", "2"], logprobs=None),
+    "ids that are no list": lambda choice: choice.update(token_ids=7),
+    "no index": lambda choice: choice.update(index=None),
+    "a word for an index": lambda choice: choice.update(index="first"),
+    "a text for a message": lambda choice: choice.pop("text") and choice.update(message="hello"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_reply_of_an_odd_shape_is_asked_for_again_and_then_named(odd):
+    with FaultServer(odd=ODD[odd]) as server:
+        with pytest.raises(Unavailable, match=r"1 got no answer .*prompt p0; .*its answers make no sense: "):
+            answers(server, wanted(1), retries=1)
+        assert len(server.asked) == 2
 
 
 # How much at once
@@ -360,12 +410,20 @@ def test_a_text_is_cut_before_its_first_stop_string():
 # The environment
 
 
+def test_a_server_whose_defaults_cannot_be_seen_is_warned_of_once_a_run(capfd):
+    for dialect, times in (("vllm", 0), ("text", 1)):
+        with FaultServer(dialect=dialect) as server:
+            answers(server, wanted(4))
+        assert capfd.readouterr().err.count(f"warning: {server.url} ({dialect}): top_k, min_p and penalties") == times
+
+
 def test_an_endpoint_comes_from_the_environment():
     told = {"J_URL": "https://host/v1", "J_API_KEY": "k", "J_CONCURRENCY": "5", "J_TIMEOUT": "9.5", "J_MODEL": "m"}
     assert Endpoint.from_environment("J", told) == Endpoint(
         url="https://host/v1", key="k", concurrency=5, timeout_s=9.5, model="m"
     )
     assert Endpoint.from_environment("J", {"J_URL": "http://h/v1"}) == Endpoint(url="http://h/v1")
+    assert Endpoint.from_environment("J", {"J_URL": "http://[::1]:8/v1\n", "J_API_KEY": " k\n"}).key == "k"
 
 
 @pytest.mark.parametrize(
@@ -373,10 +431,34 @@ def test_an_endpoint_comes_from_the_environment():
     [
         ({}, "J_URL is ''.*has to be an address"),
         ({"J_URL": "localhost:8000"}, "J_URL is 'localhost:8000'"),
-        ({"J_URL": "http://h/v1", "J_CONCURRENCY": "many"}, "J_CONCURRENCY is 'many'.*number of at least 1"),
+        ({"J_URL": "http://HOST:PORT/v1"}, "J_URL is 'http://HOST:PORT/v1' .*has to be an address"),
+        ({"J_URL": "http://h:99999/v1"}, "J_URL is 'http://h:99999/v1' .*has to be an address"),
+        ({"J_URL": "http://[::1/v1"}, r"J_URL is 'http://\[::1/v1' .*has to be an address"),
+        ({"J_URL": "http:///v1"}, "J_URL is 'http:///v1'; it has to be an address"),
+        ({"J_URL": "http://h/v 1"}, "J_URL is 'http://h/v 1'; it has to be an address"),
+        ({"J_URL": "http://h/v1", "J_CONCURRENCY": "many"}, "J_CONCURRENCY is 'many'.*number from 1 to 1000000"),
         ({"J_URL": "http://h/v1", "J_CONCURRENCY": "0"}, "J_CONCURRENCY is '0'"),
+        ({"J_URL": "http://h/v1", "J_CONCURRENCY": "inf"}, "J_CONCURRENCY is 'inf'"),
+        ({"J_URL": "http://h/v1", "J_TIMEOUT": "nan"}, "J_TIMEOUT is 'nan'"),
     ],
 )
 def test_a_wrong_environment_is_named(told, message):
     with pytest.raises(UserError, match=message):
         Endpoint.from_environment("J", told)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"J_URL": "http://h/v1", "J_API_KEY": "sk-secret\nsk-other"}, "J_API_KEY holds a space, a line break"),
+        ({"J_URL": "http://h/v1", "J_API_KEY": "sk-secret other"}, "J_API_KEY holds a space"),
+        ({"J_URL": "http://h/v1", "J_API_KEY": "sk-sécret"}, "J_API_KEY holds .* outside ASCII"),
+        ({"J_URL": "http://me:sk-secret@h/v1"}, "J_URL holds a user name or a password.*J_API_KEY"),
+        ({"J_URL": "http://me:sk-secret@h:PORT/v1"}, "J_URL is no address that can be used; it has to be"),
+        ({"J_URL": "http://me:sk-secret@[::1/v1"}, "J_URL is no address that can be used; it has to be"),
+    ],
+)
+def test_what_is_secret_is_in_no_message(told, message):
+    with pytest.raises(UserError, match=message) as error:
+        Endpoint.from_environment("J", told)
+    assert "sk-" not in str(error.value)

@@ -118,7 +118,7 @@ def naive(model: torch.nn.Module, rows: list[TokenRow], *, precision="fp32") -> 
 
 def far(a: torch.Tensor, b: torch.Tensor) -> float:
     """Relative distance from b."""
-    return float((a - b).norm() / b.norm())
+    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("name, changes", CASES + GROUPED, ids=str)

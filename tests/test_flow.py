@@ -146,12 +146,14 @@ def test_only_stages_with_outside_reasons_are_tried_again():
         run_count = 1
 
     failed, mistake = Failed(message="503"), Failed(name=align.MISTAKE)
+    away = Failed(name=align.AWAY)
     verdicts, dpo = (align.run_stage.with_options(name=name) for name in ("verdicts@2", "dpo"))
     assert align._worth_a_retry(verdicts, Run, failed)
     assert not align._worth_a_retry(dpo, Run, failed)
     assert not align._worth_a_retry(verdicts, Run, mistake)
+    assert align._worth_a_retry(verdicts, Run, away) and align._worth_a_retry(dpo, Run, away)
     Run.run_count = len(align.RETRY_AFTER_S) + 1
-    assert not align._worth_a_retry(verdicts, Run, failed)
+    assert not align._worth_a_retry(verdicts, Run, failed) and not align._worth_a_retry(dpo, Run, away)
 
 
 def test_a_stopped_stage_is_not_revived_by_a_retry(monkeypatch):
@@ -240,11 +242,15 @@ def test_make_hands_its_options_to_the_flow():
 
 
 @pytest.mark.slow
-def test_a_stage_that_failed_for_outside_reasons_is_tried_again(toy, api):
-    said = toy.run(PREFECT_API_URL=api, TOY_CRASH="verdicts", RANKWISE_RETRY_AFTER_S="0.1 0.1")
+@pytest.mark.parametrize(
+    ("how", "stage", "why"),
+    [("TOY_CRASH", "verdicts", "RuntimeError: the judge is away"), ("TOY_AWAY", "sft", "the server is away")],
+)
+def test_a_stage_that_failed_for_outside_reasons_is_tried_again(toy, api, how, stage, why):
+    said = toy.run(PREFECT_API_URL=api, RANKWISE_RETRY_AFTER_S="0.1 0.1", **{how: stage})
     assert said.returncode == 1
-    assert toy.attempts() == ["prompts", "sft", "verdicts", "verdicts", "verdicts"]
-    assert "error: stage verdicts failed: RuntimeError: the judge is away" in said.stdout
+    assert toy.attempts() == [*Toy.ORDER[: Toy.ORDER.index(stage)], stage, stage, stage]
+    assert f"error: stage {stage} failed: {why}" in said.stdout
 
 
 @pytest.mark.slow

@@ -5,11 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 from test_rendering import tokenizer
-from test_scoring import ALONE, SHARING, tiny
+from test_scoring import ALONE, COMMON, SHARING, alone, tiny
+from transformers import AutoModelForCausalLM
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -18,11 +20,12 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from rankwise.decoding import STEPS, Memory, can_share
+from rankwise.checkpoints import numerics, save_model
+from rankwise.decoding import STEPS, LibraryCache, Memory, SharedPrompts, decoder_for
 from rankwise.draws import NUCLEUS, draw, invert
-from rankwise.generation import end_tokens, sample, text_stops
+from rankwise.generation import EmbeddedEngine, end_tokens, sample, text_stops
 from rankwise.rendering import Renderer, TokenRow
-from rankwise.sampling import Sampling, seed_of
+from rankwise.sampling import Sampling, Wanted, seed_of
 from rankwise.scoring import LogpModel
 from rankwise.types import UserError
 
@@ -212,7 +215,7 @@ def generated(model, prompt: list[int], **options) -> list[int]:
 def test_a_window_shorter_than_the_prompt_is_the_librarys_own(name):
     model = tiny(name, sliding_window=4)
     prompts = [[1, *range(10, 20)], [1, 7], [1, 20, 30, 40, 50]]
-    assert can_share(model)
+    assert decoder_for(model) is SharedPrompts
     alone = [generated(model, prompt) for prompt in prompts]
     for theirs, (mine,) in zip(alone, answers(model, prompts, k=1, temperature=0.0)):
         assert list(mine.token_ids) == theirs
@@ -229,7 +232,71 @@ def test_a_greedy_penalty_is_the_librarys_own():
 
 @pytest.mark.parametrize("name", SHARING)
 def test_every_ordinary_architecture_shares_its_prompts(name):
-    assert can_share(tiny(name))
+    assert decoder_for(tiny(name)) is SharedPrompts
+
+
+MASKED = {  # these say how far a layer looks back in their mask alone
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {**COMMON, "sliding_window": 16, "use_sliding_window": True, "max_window_layers": 0},
+    ),
+    "phimoe": ("PhimoeConfig", {**COMMON, "sliding_window": 16}),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_window_that_only_the_mask_knows_is_kept(name):
+    """Prompt and answer are longer than the window, and the probe is not."""
+    kind, settings = MASKED[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**settings)).eval()
+    assert decoder_for(model) is LibraryCache
+    prompts = [list(range(3, 20)), [1, 7], list(range(30, 52))]
+    alone_ = [generated(model, prompt, max_new_tokens=12) for prompt in prompts]
+    for theirs, mine in zip(alone_, answers(model, prompts, k=2, temperature=0.0)):
+        assert [list(a.token_ids) for a in mine] == [theirs] * 2
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("RwkvConfig", {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}),
+        (
+            "Llama4TextConfig",
+            {**COMMON, "attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
+        ),
+    ],
+)
+def test_a_model_that_no_cache_serves_rightly_is_refused(kind, settings):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**settings)).eval()
+    with pytest.raises(UserError, match="use engine: server"):
+        answers(model)
+
+
+def test_prompts_beyond_the_first_rotary_table_are_refused():
+    """Phi-3's longrope takes the table of the longest row for the whole batch."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    rope |= {"original_max_position_embeddings": 16, "factor": 4.0}
+    model = tiny(rope_parameters=rope, max_position_embeddings=64)
+    answers(model, max_new_tokens=8)
+    with pytest.raises(UserError, match=r"2 \(5\); 1 in all.*longrope"):
+        answers(model)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_has_diverged_is_said_to_have(temperature):
+    model = tiny()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        answers(model, temperature=temperature)
+
+
+def test_a_head_wider_than_the_config_says_takes_a_penalty():
+    model = tiny()
+    model.config.vocab_size = 40
+    assert answers(model, repetition_penalty=1.5) != answers(model)
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -252,7 +319,7 @@ def test_a_wrong_mask_is_found_out(monkeypatch, places):
             self.length_N = keep
 
     monkeypatch.setattr(Memory, "biases", wrong)
-    assert not can_share(tiny())
+    assert decoder_for(tiny()) is not SharedPrompts
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -290,7 +357,7 @@ def shapes(model, monkeypatch) -> list[tuple[int, int]]:
 
 def counted(model, monkeypatch) -> list[tuple[int, int]]:
     """(rows, positions) of every forward pass of the run itself."""
-    monkeypatch.setattr("rankwise.generation.can_share", lambda model: True)  # its own passes are not counted
+    monkeypatch.setattr("rankwise.generation.decoder_for", lambda model: SharedPrompts)  # its passes are not counted
     return shapes(model, monkeypatch)
 
 
@@ -355,11 +422,18 @@ def test_an_answer_ends_where_its_text_first_holds_a_stop():
 def test_a_stop_that_begins_in_the_prompt_is_none():
     made = tokenizer()
     ids = made("a b a b", add_special_tokens=False)["input_ids"]
-    renderer = Renderer(made)
-    ended = text_stops(renderer, ["b a"])
-    text = renderer.answer_text(ids[:-2], ids[-2:])
-    assert ended(ids[:-2], ids[-2:]) == ("b a" in text)
-    assert ended([], ids)
+    ended = text_stops(Renderer(made), ["b a"])
+    at = next(n for n in range(len(ids)) if "b" in made.decode(ids[:n]))
+    assert not ended(ids[:at], ids[at : at + 2])  # " a": its "b" is the prompt's
+    assert ended(ids[: at - 1], ids[at - 1 : at + 2])
+
+
+def test_a_special_token_is_no_stop_string(tmp_path):
+    made = tokenizer()
+    save_model(tiny(vocab_size=len(made), pad_token_id=0), made, tmp_path)
+    engine = EmbeddedEngine(tmp_path, Sampling(max_new_tokens=4, stop=("<|end|>",)))
+    with pytest.raises(UserError, match=r"stop_token_ids: \[4\]"):
+        list(engine.answers([Wanted(name="a", prompt=(), prompt_ids=(1,), seeds=(0,))]))
 
 
 def test_stop_tokens_end_an_answer_like_end_tokens():
@@ -376,13 +450,25 @@ def test_end_tokens_join_the_tokenizers_and_the_generation_configs():
 
 
 @pytest.mark.parametrize("prompt", [[], [1] * 16, [1] * 40])
-def test_a_prompt_without_room_is_refused(prompt):
-    with pytest.raises(UserError, match=f"{len(prompt)} tokens cannot be answered"):
-        answers(tiny(max_position_embeddings=16), [prompt])
+def test_prompts_without_room_are_refused_all_at_once(prompt):
+    with pytest.raises(UserError, match=rf"1 \({len(prompt)}\), 2 \({len(prompt)}\); 2 in all"):
+        answers(tiny(max_position_embeddings=16), [[1], prompt, prompt])
 
 
-def test_bf16_stays_near():
+def test_bf16_stays_within_the_error_of_a_scoring_pass_in_bf16():
+    """Log-probs kept at sampling against float64, and those that scoring the same answers in bf16 gives."""
     model = tiny()
-    out = dict(sample(model, PROMPTS, seeds(), Sampling(max_new_tokens=6), ends=(2,), precision="bf16"))
-    assert all(np.isfinite(a.logps).all() for part in out.values() for a in part)
+    out = dict(sample(model, PROMPTS, seeds(), Sampling(max_new_tokens=12), ends=(2,), precision="bf16"))
+    rows = [
+        TokenRow(id=str(i), prompt_ids=tuple(p), answers_ids=tuple(a.token_ids for a in out[i]))
+        for i, p in enumerate(PROMPTS)
+    ]
+    kept = torch.tensor([sum(a.logps) for i in range(len(PROMPTS)) for a in out[i]])
+    module = LogpModel(model)
+    with numerics("bf16", torch.device("cpu")), torch.no_grad():
+        scored = module(module.batch(rows, 0)).sum_A
+    model.config._attn_implementation = "sdpa"
+    exact = torch.stack(alone(model.double(), rows))
+    far = lambda logps: (logps - exact).abs().mean().item()
+    assert far(kept) < 3 * far(scored) + 1e-3
     assert not torch.is_autocast_enabled("cpu")

@@ -93,7 +93,7 @@ def errors(function, h, weight, target) -> list[float]:
     state = h.clone().requires_grad_()
     value = function(state, weight)
     value.float().sum().backward()
-    far = lambda a, b: float((a.double() - b).norm() / b.norm())
+    far = lambda a, b: ((a.double() - b).norm() / b.norm()).item()
     return [far(value, exact), far(state.grad, exact_h.grad), far(weight.grad, exact_w.grad)]
 
 

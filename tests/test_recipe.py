@@ -256,6 +256,9 @@ def test_help_is_quick_and_whole(stage, tmp_path):
     shown, _, heavy = told.stdout.partition("heavy: ")
     assert heavy == "[]\n"
     assert f"usage: python -m tasks.{stage}" in shown
+    if stage == "rollouts":
+        assert "teacher: a larger model that answers too (aSFT); null: none (default: null)\n    " in shown
+        assert "\n    model " in shown and "\n  model " not in shown
     if stage != "recipe":
         assert names(params_type(stage)) <= {word.strip(":,") for word in shown.split()}
     assert list(tmp_path.iterdir()) == [], "asking for help left files"

@@ -20,10 +20,11 @@ from rankwise import rollouts
 from rankwise.checkpoints import save_model
 from rankwise.fingerprint import sampled_from, weights_digest
 from rankwise.rendering import Renderer
-from rankwise.rollouts import Request, sample_rows, server_environment, with_teacher
+from rankwise.rollouts import Request, sample_rows, with_teacher
 from rankwise.sampling import Sampled, Sampling, Wanted
+from rankwise.serving import server_environment
 from rankwise.store import Store
-from rankwise.types import Answer, Message, Row, UserError, text_prompt
+from rankwise.types import Answer, Message, Row, Unavailable, UserError, text_prompt
 
 BYTES = range(5 + 20, 5 + 180)  # ids of tokenizer()'s plain bytes
 
@@ -217,6 +218,32 @@ def test_a_teachers_ids_are_kept_where_they_mean_the_same():
     assert other.answers[1] == dataclasses.replace(taught[0].answers[0], token_ids=None, logps=None)
 
 
+# Trouble
+
+
+class Launch:
+    """What the processes of a launch send to the first one."""
+
+    def __init__(self):
+        self.told = []
+
+    def to_first(self, value: object) -> list:
+        self.told.append(json.loads(json.dumps(value)))
+        return self.told
+
+
+@pytest.mark.parametrize("kind", [UserError, Unavailable])
+def test_trouble_of_another_process_keeps_its_kind(kind):
+    """The first process tells it, and its exit status says whether trying again may help."""
+    launch = Launch()
+    rollouts._raise(None, launch)
+    with pytest.raises(kind, match=r"^the dice are gone"):
+        rollouts._raise(kind("the dice are gone"), launch)
+    with pytest.raises(kind, match="process 1 of this launch: the dice are gone") as told:
+        rollouts._raise(None, launch)
+    assert type(told.value) is kind
+
+
 # From a server
 
 
@@ -262,6 +289,9 @@ def test_a_server_of_ones_own_sees_one_gpu_and_nothing_of_the_launch():
     devices = lambda given: server_environment({**launch, "CUDA_VISIBLE_DEVICES": given})[0]["CUDA_VISIBLE_DEVICES"]
     assert devices("4,6") == "6" and devices("") == ""
     assert "CUDA_VISIBLE_DEVICES" not in server_environment({})[0]
+    for given in ("-1", "4", "4,-1,6"):
+        with pytest.raises(UserError, match=rf"CUDA_VISIBLE_DEVICES is '{given}': \d GPU\(s\) for 2 processes"):
+            devices(given)
 
 
 # Shared out

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import textwrap
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from rankwise.endpoint import ServerEngine
 from rankwise.rendering import Renderer
 from rankwise.sampling import Sampling, Wanted, seed_of
 from rankwise.serving import VLLM, serving
-from rankwise.types import Message, UserError, text_prompt
+from rankwise.types import Message, Unavailable, UserError, text_prompt
 
 # As a server: a worker in the background that ignores SIGTERM, and an empty list of models. Options come first.
 SERVER = """
@@ -113,7 +115,7 @@ def test_the_server_ends_with_a_parent_that_is_killed(tmp_path, server):
 
 def test_a_server_that_dies_is_told_with_the_end_of_its_log(tmp_path, server):
     message = r"died before it answered\nthe server ended with status 1; the end of .*log:(.|\n)*no room in memory"
-    with pytest.raises(UserError, match=message), serving(tmp_path, server("dies"), log=tmp_path / "log"):
+    with pytest.raises(Unavailable, match=message), serving(tmp_path, server("dies"), log=tmp_path / "log"):
         pass
     assert gone(pids(tmp_path), 0.5)
 
@@ -129,7 +131,7 @@ def test_a_server_that_does_not_answer_in_time_is_told_and_stopped(tmp_path, ser
 
 def test_a_server_that_dies_at_work_is_told_with_what_could_not_be_done(tmp_path, server):
     with (
-        pytest.raises(UserError, match=r"nothing answers at (.|\n)*the server ended with status -9; the end of"),
+        pytest.raises(Unavailable, match=r"nothing answers at (.|\n)*the server ended with status -9; the end of"),
         serving(tmp_path, server(), log=tmp_path / "log") as endpoint,
     ):
         os.kill(pids(tmp_path)[0], signal.SIGKILL)
@@ -192,8 +194,11 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def transformers_serve(model, tmp_path_factory):
-    environment = {**os.environ, "RANKWISE_SERVE": TRANSFORMERS}
+    """With an empty cache of the hub, so that its list of models is a status 500."""
+    environment = {**os.environ, "RANKWISE_SERVE": TRANSFORMERS, "HF_HOME": str(tmp_path_factory.mktemp("hub"))}
     with serving(model[0], environment, log=tmp_path_factory.mktemp("log") / "log") as endpoint:
+        with pytest.raises(urllib.error.HTTPError, match="500"):
+            urllib.request.urlopen(f"{endpoint.url}/models")
         yield endpoint
 
 
