@@ -299,7 +299,7 @@ def test_a_value_that_cannot_be_is_refused_with_what_is_expected(option, value, 
 
 def test_help_says_shares_in_words():
     said = " ".join(options.parser().format_help().split())
-    assert "0.5 on a CPU, 0.4 on a GPU" in said and "{'" not in said
+    assert "0.7 on a CPU in fp32, 0.4 in bf16; 0.4 on a GPU" in said and "{'" not in said
 
 
 @pytest.mark.parametrize("precision", ["fp32", "medium", "bf16"])

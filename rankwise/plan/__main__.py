@@ -76,7 +76,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
         device=kind,
     )
     work = Work(rows=_rows(options), batch_size=options.batch_size, micro_batch_tokens=options.micro_batch_tokens)
-    efficiency = options.efficiency or EFFICIENCY[kind]
+    efficiency = options.efficiency or EFFICIENCY[kind][options.precision]
     predict = lambda work: forecast(shape, work, flops_per_second=rate * efficiency, process_bytes=process)
     predicted = predict(work)
     room = int(memory * (1 - HEADROOM[kind])) - process

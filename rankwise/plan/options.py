@@ -8,8 +8,12 @@ import math
 
 from rankwise.plan.presets import PRESETS
 
-# Share of the measured matmul rate that a training step is assumed to reach; --measure prints the true one.
-EFFICIENCY = {"cpu": 0.5, "cuda": 0.4}
+# Share of the measured matmul rate that a training step is assumed to reach; --measure prints the true one. A CPU's are
+# those of docs/planning.md: where products are fast, what is none weighs more.
+EFFICIENCY = {
+    "cpu": {"fp32": 0.7, "medium": 0.4, "bf16": 0.4},
+    "cuda": {"fp32": 0.4, "medium": 0.4, "bf16": 0.4},
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--device", choices=("cpu", "cuda"), help="kind of device to plan for")
     where.add_argument("--device-memory", type=_amount, metavar="GIB", help="memory of a process's device")
     where.add_argument("--tflops", type=_amount, metavar="RATE", help="TFLOP/s of matrix products of one process")
-    assumed = f"{EFFICIENCY['cpu']} on a CPU, {EFFICIENCY['cuda']} on a GPU"
+    cpu, cuda = EFFICIENCY["cpu"], EFFICIENCY["cuda"]
+    assumed = f"{cpu['fp32']} on a CPU in fp32, {cpu['bf16']} in bf16; {cuda['bf16']} on a GPU"
     where.add_argument("--efficiency", type=_share, metavar="SHARE", help=f"of that rate, up to 1 ({assumed})")
     add("--measure", action="store_true", help="run a few real steps on random weights and compare")
     add("--json", action="store_true", help="print everything as JSON")
