@@ -183,18 +183,14 @@ def _forward(
     out, lse = _flash(q.prompt, k.prompt, v.prompt, 0.0, True, scale=scale)
     parts = [(_tokens(out), _tokens(lse))]
     if q.width:
-        parts.append(
-            _joined(
-                _flash(q.by_tree, k.prompt, v.prompt, 0.0, False, attn_mask=bias, scale=scale),
-                _flash(q.by_answer, k.by_answer, v.by_answer, 0.0, True, scale=scale),
-            )
-        )
+        across = _flash(q.by_tree, k.prompt, v.prompt, 0.0, False, attn_mask=bias, scale=scale)
+        own = _flash(q.by_answer, k.by_answer, v.by_answer, 0.0, True, scale=scale)
+        parts.append(joined(*map(_tokens, across), *map(_tokens, own)))
     return parts
 
 
-def _joined(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two sets of keys, from the attention over each."""
-    (out, lse), (other, other_lse) = ((_tokens(out), _tokens(lse)) for out, lse in parts)
+def joined(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two sets of keys, from the output [..., D] and log-sum-exp [...] over each."""
     joint = torch.logaddexp(lse, other_lse)
     mixed = out * (lse - joint).exp()[..., None] + other * (other_lse - joint).exp()[..., None]
     return mixed.to(out.dtype), joint

@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rankwise.attention import joined
 from rankwise.draws import NOT_FINITE
 from rankwise.types import UserError
 
@@ -231,9 +232,7 @@ class SharedPrompts:
         cap = options.get("softcap")
         grid = query_SHRD[self.grid_GK].transpose(1, 2).flatten(2, 3)  # [G, H, K·R, D]
         out, lse = (self._by_row(x, repeats) for x in self.prompts.look(layer, grid, to_prompt, cap))
-        other, other_lse = self.own.look(layer, query_SHRD, to_own, cap)
-        joint = torch.logaddexp(lse, other_lse)
-        mixed = out * (lse - joint).exp()[..., None] + other * (other_lse - joint).exp()[..., None]
+        mixed, _ = joined(out, lse, *self.own.look(layer, query_SHRD, to_own, cap))
         return mixed.view(len(query), 1, heads * repeats, -1)
 
     def _by_row(self, grid: Tensor, repeats: int) -> Tensor:
