@@ -28,7 +28,7 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
-from flows import graph, process, summary
+from flows import graph, keys, process, summary
 from flows.summary import Outcome
 from rankwise.types import UserError
 from tasks.tracking import home
@@ -49,6 +49,7 @@ class _Going:
 
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     tracker: Any = None  # the pipeline's MLflow run, while there is one
+    keys: dict[str, str] = field(default_factory=dict, repr=False)  # of servers, for the environment of stages alone
 
 
 _going: ContextVar[_Going] = ContextVar("going")
@@ -89,7 +90,7 @@ def run_stage(stage: str, force: bool = False) -> State:
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", *forced, stage]
     # `python` and `accelerate` in dvc.yaml are those of this environment, activated or not.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    status = process.run(command, show, env={**os.environ, "PATH": path})
+    status = process.run(command, show, env={**os.environ, **_going.get().keys, "PATH": path})
     outcome = reading.outcome(status, time.monotonic() - began)
     _going.get().outcomes[stage] = outcome
     if outcome.state == "failed":
@@ -135,6 +136,7 @@ def align(
     try:
         with _only_run():
             nodes = prepare(**given)
+            _going.get().keys = keys.from_secrets(os.environ)
             with _tracked(given, nodes):
                 outcomes = _run_all(nodes, force or [])
     except UserError as error:

@@ -34,6 +34,7 @@ class AnswerBatch:
     answer_slots: Tensor  # [A] its place among that prompt's answers, 0 first
     ranks_BK: Tensor | None  # [B, K] equal numbers tie; None when answers lie best first and none are tied
     mask_BK: Tensor  # [B, K] True where an answer exists
+    strengths_BK: Tensor | None  # [B, K] float32, nats, 0 where no answer exists; None where some answer has none
 
     def to(self, device: torch.device | str) -> Self:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -191,6 +192,7 @@ class _Layout:
             answer_tokens=torch.tensor([len(item[3]) for item in self.source]),
             ranks_BK=ranks_BK,
             mask_BK=mask_BK,
+            strengths_BK=strength_grid(rows),
         )
 
 
@@ -201,6 +203,14 @@ def answer_grid(rows: Sequence[TokenRow]) -> tuple[Tensor, Tensor | None]:
     if all(list(row.ranks) == sorted(set(row.ranks)) for row in rows):
         return mask_BK, None
     return mask_BK, torch.tensor([[*row.ranks, *[10**6] * (width - len(row.ranks))] for row in rows])
+
+
+def strength_grid(rows: Sequence[TokenRow]) -> Tensor | None:
+    """The judge's strengths, [B, K] float32, or None where some row has none."""
+    if any(len(row.strengths) != len(row.answers_ids) for row in rows):
+        return None
+    width = max(len(row.answers_ids) for row in rows)
+    return torch.tensor([[*row.strengths, *[0.0] * (width - len(row.strengths))] for row in rows])
 
 
 def steps(count: int, *, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:

@@ -1,17 +1,22 @@
 """Asking an OpenAI-compatible server many things: so many at a time, patiently, each by itself.
 
-The openai package does the waiting: connections, timeouts, retries with growing pauses, Retry-After. Added here is what
-it lacks: an answer that arrives whole and makes no sense is asked for again; what fails for good leaves the others be.
+The openai package sends and receives; whether to send again is decided here, in one loop, since it cannot know of an
+answer that arrives whole and makes no sense, and a budget has to see each sending. What fails for good leaves the
+others be.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import email.utils
 import itertools
-import json
+import math
+import random
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -19,10 +24,13 @@ from urllib.parse import urlsplit
 from rankwise.types import Unavailable, UserError
 
 T, R = TypeVar("T"), TypeVar("R")
-LONGEST_PAUSE_S = 8.0  # between two askings; as the openai package has it
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0  # between two sendings, doubled each time; less up to JITTER of it
+JITTER = 0.25
+LONGEST_RETRY_AFTER_S = 120.0  # a server that asks for more is not waited for
 CONNECT_TIMEOUT_S = 10.0
 LOOK_TIMEOUT_S = 30.0  # for pages that cost a server nothing
 SERVER_IS_GONE = 20  # things given up in a row, at least, before the rest is not tried
+TURNED_AWAY = (500, 503, 529)  # the server's own trouble; a gateway's (502, 504) may hide an answer that was computed
 LARGEST_NUMBER = 1_000_000  # that the environment may give: eleven days, or more requests than any server takes
 
 
@@ -65,6 +73,38 @@ class Refused(UserError):
     """The server will not have such a request, however often it is sent."""
 
 
+class Halt(UserError):
+    """Nothing more is to be asked of the server, whatever the request."""
+
+
+class Failed(Exception):
+    """One sending that came to nothing."""
+
+    def __init__(
+        self, why: str, *, status: int | None = None, again=True, after_s: float | None = None, taken: bool = True
+    ):
+        super().__init__(why)
+        self.status = status  # None: no whole answer came
+        self.again = again  # another sending may do
+        self.after_s = after_s  # not before, where the server says so
+        self.taken = taken  # somebody was there to take the request
+
+    @property
+    def uncounted(self) -> bool:
+        """Nothing was computed: nobody took the request, or it was turned away."""
+        return not self.taken or self.status in TURNED_AWAY or (self.status or 0) in range(400, 500)
+
+
+# Entered before each sending of a request and left when it has ended; may wait, or raise Halt. What it yields is called
+# with the parsed answer, if one comes.
+Meter = Callable[[], AbstractAsyncContextManager[Callable[[Any], None]]]
+
+
+@contextlib.asynccontextmanager
+async def unmetered() -> AsyncIterator[Callable[[Any], None]]:
+    yield lambda answer: None
+
+
 class Client:
     """One server, for use in one event loop: `async with Client(endpoint) as client`."""
 
@@ -74,11 +114,12 @@ class Client:
         self.endpoint = endpoint
         # A proxy for the world outside is none for a server on this machine.
         near = urlsplit(endpoint.url).hostname in ("127.0.0.1", "localhost", "::1")
+        self._places = asyncio.Semaphore(endpoint.concurrency)
         self._openai = openai.AsyncOpenAI(
             base_url=endpoint.url,
             api_key=endpoint.key,
             timeout=openai.Timeout(endpoint.timeout_s, connect=CONNECT_TIMEOUT_S),
-            max_retries=endpoint.retries,
+            max_retries=0,  # they are sent again here
             http_client=openai.DefaultAsyncHttpxClient(trust_env=not near),
         )
 
@@ -95,61 +136,92 @@ class Client:
 
         Raises Unavailable where nothing answers or the server is in trouble, Refused where it will not give the page.
         """
-        import openai
-
         parts = urlsplit(self.endpoint.url)
         url = f"{parts.scheme}://{parts.netloc}{path}" if path.startswith("/") else path
-        client = self._openai.with_options(max_retries=1, timeout=LOOK_TIMEOUT_S)
         try:
-            return await client.get(url, cast_to=object)
-        except openai.APIConnectionError as error:
-            raise Unavailable(
-                f"nothing answers at {self.endpoint.url} ({_cause(error)}); start the server there, "
-                "or correct the address"
-            ) from None
-        except openai.APIStatusError as error:
-            if path.startswith("/") or error.status_code in (404, 405):
-                return None
-            raise self._no_page(path, error) from None
-        except ValueError:
+            return await self._patiently(lambda: self._send("get", url, timeout=LOOK_TIMEOUT_S), retries=1)
+        except Malformed:
             return None
+        except Failed as failure:
+            if failure.status is None:
+                raise Unavailable(
+                    f"nothing answers at {self.endpoint.url} ({failure}); start the server there, "
+                    "or correct the address"
+                ) from None
+            if path.startswith("/") or failure.status in (404, 405):
+                return None
+            raise self._no_page(f"{self.endpoint.url}/{path}", failure) from None
 
-    def _no_page(self, path: str, error: Any) -> UserError:
-        where = f"{self.endpoint.url}/{path}"
-        if error.status_code in (401, 403):
-            return Refused(f"{where} does not accept the key: {_quoted(error)}; set {self.endpoint.prefix}_API_KEY")
-        if _may_pass(error):
-            return Unavailable(f"{where} is in trouble: {_quoted(error)}; see the server's log, then run this again")
-        return Refused(f"{where} is refused: {_quoted(error)}; correct {self.endpoint.prefix}_URL")
-
-    async def post(self, path: str, body: dict[str, Any], read: Callable[[Any], R]) -> R:
+    async def post(self, path: str, body: dict[str, Any], read: Callable[[Any], R], *, meter: Meter = unmetered) -> R:
         """What `read` makes of the parsed answer; asked again where it raises Malformed.
 
-        Raises Unanswered when all retries are used up, Refused where another try would end alike.
+        Raises Unanswered when all retries are used up, Refused where another try would end alike, and what meter does.
         """
-        import openai
 
+        async def send() -> R:
+            async with self._places, meter() as tell:
+                answer = await self._send("post", path, body=body)
+                tell(answer)
+            return _made(read, answer)
+
+        try:
+            return await self._patiently(send, retries=self.endpoint.retries)
+        except Malformed as error:
+            raise Unanswered(f"its answers make no sense: {error}") from None
+        except Failed as failure:
+            if failure.status is None or _may_pass(failure.status):
+                raise Unanswered(str(failure)) from None
+            if failure.status == 401:
+                raise self._no_page(f"{self.endpoint.url}{path}", failure) from None
+            raise Refused(f"{self.endpoint.url}{path} refuses the request: {failure}") from None
+
+    async def _patiently(self, send: Callable[[], Awaitable[R]], *, retries: int) -> R:
+        """What send gives; called again, up to so many times, where it raises Malformed or a Failed that may pass."""
         for attempt in itertools.count():
             try:
-                return _made(read, await self._openai.post(path, body=body, cast_to=object))
-            except openai.APIStatusError as error:
-                if _may_pass(error):
-                    raise Unanswered(str(error)) from None
-                raise Refused(f"{self.endpoint.url}{path} refuses the request: {_quoted(error)}") from None
-            except openai.APIConnectionError as error:
-                raise Unanswered(_cause(error)) from None
-            except (Malformed, UnicodeError, json.JSONDecodeError) as error:
-                if attempt == self.endpoint.retries:
-                    raise Unanswered(f"its answers make no sense: {error}") from None
-            await asyncio.sleep(min(0.5 * 2**attempt, LONGEST_PAUSE_S))
+                return await send()
+            except (Malformed, Failed) as error:
+                if attempt == retries or not getattr(error, "again", True):
+                    raise
+                after_s = getattr(error, "after_s", None)
+            await asyncio.sleep(_pause_s(attempt, after_s))
         raise AssertionError("unreachable")
+
+    async def _send(self, method: str, path: str, **options: Any) -> Any:
+        """The parsed answer to one sending; raises Failed or Malformed, which never quote the key."""
+        import openai
+
+        more = {"timeout": options.pop("timeout")} if "timeout" in options else {}
+        try:
+            return await getattr(self._openai, method)(path, cast_to=object, options=more, **options)
+        except openai.APIStatusError as error:
+            after_s = _retry_after_s(error.response.headers)
+            again = _may_pass(error.status_code) and (after_s or 0) <= LONGEST_RETRY_AFTER_S
+            why = self.without_key(_quoted(error))
+            raise Failed(why, status=error.status_code, again=again, after_s=after_s) from None
+        except openai.APIConnectionError as error:
+            taken = type(error.__cause__).__name__ not in ("ConnectError", "ConnectTimeout")
+            raise Failed(self.without_key(_cause(error)), taken=taken) from None
+        except ValueError as error:  # no JSON, or no UTF-8
+            raise Malformed(self.without_key(str(error))) from None
+
+    def without_key(self, text: str) -> str:
+        """A text without the key, which some servers quote."""
+        return text if self.endpoint.key == Endpoint.key else text.replace(self.endpoint.key, "[key]")
+
+    def _no_page(self, where: str, failure: Failed) -> UserError:
+        if failure.status in (401, 403):
+            return Refused(f"{where} does not accept the key: {failure}; set {self.endpoint.prefix}_API_KEY")
+        if _may_pass(failure.status):
+            return Unavailable(f"{where} is in trouble: {failure}; see the server's log, then run this again")
+        return Refused(f"{where} is refused: {failure}; correct {self.endpoint.prefix}_URL")
 
     async def each(
         self, items: Iterable[T], ask: Callable[[T], Awaitable[R]], *, name: Callable[[T], str], at_once: int
     ) -> AsyncGenerator[tuple[int, R]]:
         """(number of the item, its answer), as they come; items are taken as places become free, at_once in all.
 
-        Raises at the end: the UserError of the first item refused, after which no further one is asked; or
+        Raises at the end: the UserError of the first item refused, or a Halt, after which no further one is asked; or
         Unavailable, which counts those unanswered, all others having been yielded.
         """
         waiting, under_way = enumerate(items), {}
@@ -175,6 +247,8 @@ class Client:
                     except Unanswered as error:
                         unanswered.append(name(item))
                         in_a_row, reason = in_a_row + 1, str(error)
+                    except Halt as halt:
+                        refusal = refusal or halt
                     except UserError as error:
                         refusal = refusal or UserError(f"{name(item)}: {error}")
                 if refusal or in_a_row >= most_in_a_row:
@@ -270,9 +344,27 @@ def _made(read: Callable[[Any], R], reply: Any) -> R:
         raise Malformed(f"{type(error).__name__}: {error}, in {str(reply)[:100]!r}") from error
 
 
-def _may_pass(error: Any) -> bool:
+def _may_pass(status: int) -> bool:
     """Whether a status is one that the same request may not meet again."""
-    return error.status_code >= 500 or error.status_code in (408, 409, 429)
+    return status >= 500 or status in (408, 409, 429)
+
+
+def _pause_s(attempt: int, after_s: float | None) -> float:
+    """Seconds before the next sending: as the server asks, or twice the last pause. Drawn, or all come at once."""
+    if after_s is not None:
+        return after_s * (1 + JITTER * random.random())
+    return min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) * (1 - JITTER * random.random())
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a server asks to wait, given as milliseconds, seconds or a date (RFC 9110, 10.2.3)."""
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        with contextlib.suppress(ValueError, KeyError):
+            seconds = float(headers[name]) / unit
+            return seconds if 0 < seconds < math.inf else None
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        return max(0.0, email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+    return None
 
 
 def _quoted(error: Any) -> str:

@@ -1,247 +1,247 @@
-"""Judges: who ranks the answers. A judge gives replies; rankings are a pure function of replies.
+"""Judging: which questions rank the answers of a row, and a reply to each of them, asked for as few times as can be.
 
-A pointwise judge (reward model, Python callable) scores each answer by itself. A pairwise judge (a language model asked
-which of two answers is better) sees each pair in both orders, because the first place is favoured: preference is half
-the difference of its two log-odds, position bias half their sum.
+A pointwise judge (reward model, Python function) scores each answer by itself. A pairwise judge (a language model) sees
+each pair in both orders, because the first place is favoured: preference is half the difference of its two log-odds,
+position bias half their sum. Of more than a few answers it sees whole lists first, each answer once in every place, and
+then the pairs of the best.
+
+Answers with the same text are never compared. Pointwise and in pairs each of them is asked about for itself, with one
+key, so the judge is asked once; in lists the first stands for all.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import itertools
-import json
 import math
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Protocol
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from rankwise.batching import micro_batches
-from rankwise.checkpoints import Precision, device, load_causal_lm, load_reward_model, load_tokenizer, numerics
-from rankwise.fingerprint import digest, file_digest, tokenizer_digest, weights_digest
+from rankwise.fingerprint import digest
 from rankwise.progress import Progress
-from rankwise.rendering import Renderer, TokenRow
-from rankwise.rewards import RewardModel
-from rankwise.scoring import LogpModel
 from rankwise.store import Store
-from rankwise.types import Answer, Message, Row, UserError, show_prompt
+from rankwise.types import Row, UserError
+from rankwise.verdicts import Question, Reply
 
-VERDICTS = ("A", "B")
-NUMERICS = 2  # raise it when the scoring code gives other numbers than before
-COMMIT_REPLIES = 64  # replies lost at most when killed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """One call of a judge: an answer alone (second is None), or two answers in the order shown."""
-
-    row_id: str
-    prompt: tuple[Message, ...]
-    first: str
-    second: str | None = None
-    i: int  # place of the first answer in its row
-    j: int | None = None  # place of the second
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What a judge said; kept raw, because it was costly and may not be reproducible."""
-
-    value: float  # pointwise: the score; pairwise: log-odds that the answer shown first is better, nats
-    mass: float = 1.0  # pairwise: probability that the judge gave to the two verdict tokens together
+COMMIT_REPLIES = 64  # replies are put into the store by so many, which is what a kill loses at most …
+COMMIT_S = 1.0  # … or when one comes and the last time was so long ago
+READ_TOGETHER = 500  # raw replies taken from the store at once
 
 
 class Judge(Protocol):
-    """A judge answers questions in batches and knows its own identity."""
+    """Somebody who can be asked. What a judge says is kept as it says it, and read afterwards.
 
-    identity: str  # hash of everything that its replies depend on
-    pairwise: bool
-
-    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
-        """Yield (index of the question, reply) in any order, as they come."""
-
-
-class CallableJudge:
-    """A Python function (prompt text, answer text) -> score, named "module:function"; for verifiable tasks.
-
-    Its identity is its file's bytes; a function that depends on more (a fitted model, a data file) says so in an
-    attribute `identity`, a function without arguments that returns a string.
+    A judge whose replies depend, in their last bits, on what is computed beside them says in_parts = True. It is asked
+    in parts of COMMIT_REPLIES that do not depend on what is known already, so that a run that was killed leaves the
+    same bytes in the end.
     """
 
-    pairwise = False
+    name: str  # what tables and pages call it; unique within a panel
+    identity: str  # hash of all that its replies depend on: weights, tokenizer, rubric, decoding; not how many samples
+    pairwise: bool  # False: asked about one answer at a time
+    attempts: int  # times a question may be asked until a reply can be read; 1 where replies are deterministic
+    samples: int  # draws of each question; 1 where replies are deterministic
 
-    def __init__(self, name: str):
-        self._name, self._score = name, _import(name)
-        source = Path(inspect.getsourcefile(self._score))
-        more = getattr(self._score, "identity", str)()
-        self.identity = digest("callable", name, file_digest(source), more)
+    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (index of the question, raw reply as JSON-able dict) in any order, as they come.
 
-    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
-        for index, question in enumerate(questions):
-            yield index, Reply(value=self._ask(question))
+        Raises UserError or Unavailable after all that could be answered was yielded.
+        """
 
-    def _ask(self, question: Question) -> float:
-        try:
-            return float(self._score(show_prompt(question.prompt), question.first))
-        except UserError:
-            raise
-        except Exception as error:  # whatever the user's own function may raise
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            raise UserError(
-                f"judge {self._name!r} gave no score for an answer to row {question.row_id!r}: "
-                f"{type(error).__name__}: {error} ({where.filename}:{where.lineno}); it must return a number"
-            ) from error
-
-
-class RewardModelJudge:
-    """A sequence classifier with one output scores prompt + answer."""
-
-    pairwise = False
-
-    def __init__(self, folder: Path, *, max_tokens: int, precision: Precision = "fp32", batch_tokens: int = 16384):
-        self.tokenizer = load_tokenizer(folder)
-        self._renderer = Renderer(self.tokenizer)
-        self._module = RewardModel(load_reward_model(folder)).eval().to(device())
-        self._max_tokens, self._precision, self._batch_tokens = max_tokens, precision, batch_tokens
-        self.identity = digest(
-            NUMERICS, "reward-model", weights_digest(folder), tokenizer_digest(folder), max_tokens, precision
-        )
-
-    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
-        rows = [self._render(str(index), question) for index, question in enumerate(questions)]
-        with torch.inference_mode(), numerics(self._precision, device()):
-            for part in micro_batches(rows, max_tokens=self._batch_tokens, cost=self._module.cost):
-                scores_A: Tensor = self._module(self._module.batch(part, 0).to(device()))
-                yield from ((int(row.id), Reply(value=score)) for row, score in zip(part, scores_A.tolist()))
-
-    def _render(self, name: str, question: Question) -> TokenRow:
-        row = Row(id=name, prompt=question.prompt, answers=(Answer(text=question.first),))
-        return path_within(self._renderer.render(row), self._max_tokens)
-
-
-class LocalModelJudge:
-    """A causal LM is shown two answers and the rubric; its log-odds of "A" over "B" are the reply.
-
-    The two verdict tokens are scored by the same log-probability code as everything else.
-    """
-
-    pairwise = True
-
-    def __init__(self, folder: Path, rubric: Path, *, precision: Precision = "fp32", batch_tokens: int = 16384):
-        self._tokenizer = load_tokenizer(folder)
-        self._rubric = Path(rubric).read_text(encoding="utf-8")
-        self._module = LogpModel(load_causal_lm(folder).to(device())).eval()
-        self._verdicts = [_single_token(self._tokenizer, verdict) for verdict in VERDICTS]
-        self._precision, self._batch_tokens = precision, batch_tokens
-        self.identity = digest(
-            NUMERICS, "local-llm", weights_digest(folder), tokenizer_digest(folder), self._rubric, VERDICTS, precision
-        )
-
-    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
-        answers = tuple((token,) for token in self._verdicts)
-        rows = [
-            TokenRow(id=str(index), prompt_ids=tuple(self._prompt_ids(question)), answers_ids=answers)
-            for index, question in enumerate(questions)
-        ]
-        with torch.inference_mode(), numerics(self._precision, device()):
-            for part in micro_batches(rows, max_tokens=self._batch_tokens, cost=self._module.cost):
-                batch = self._module.batch(part, 0).to(device())
-                logp_BK = batch.by_prompt(self._module(batch).sum_A)
-                for row, (a, b) in zip(part, logp_BK.tolist()):
-                    yield int(row.id), Reply(value=a - b, mass=float(torch.tensor([a, b]).exp().sum()))
-
-    def _prompt_ids(self, question: Question) -> list[int]:
-        data = {"prompt": show_prompt(question.prompt), "answer_A": question.first, "answer_B": question.second}
-        block = json.dumps(data, ensure_ascii=False)
-        if self._tokenizer.chat_template is not None:
-            chat = [{"role": "system", "content": self._rubric}, {"role": "user", "content": block}]
-            rendered = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-            return list(rendered["input_ids"])
-        return list(self._tokenizer(f"{self._rubric}\n\n{block}\n\nVerdict:")["input_ids"])
+    def read(self, question: Question, raw: Mapping[str, Any]) -> Reply:
+        """The raw reply, read: a pure function, so it can be read again (and better) without asking again."""
 
 
 def judge_rows(
-    judge: Judge, rows: Sequence[Row], store: Store, *, what: str = "verdicts"
-) -> tuple[list[tuple[Question, Reply]], int]:
-    """Every question that ranks the rows' answers, with its reply, in order; and how many were asked now.
+    judge: Judge, rows: Sequence[Row], store: Store, *, what: str = "verdicts", pairs_up_to: int = 4
+) -> tuple[list[Reply], int]:
+    """Every reply that ranks the rows' answers, in order of the rows; and how many times the judge was asked now.
 
-    Replies are kept as they come: killed anywhere, a rerun asks only what is missing.
+    Raw replies are kept as they come, under key_of: killed anywhere, a rerun asks only what is missing. One that cannot
+    be read is asked for again, up to judge.attempts times in all; after that it stays without values.
+
+    Args:
+        pairs_up_to: rows of at most so many different answers are compared pair by pair, each pair in both orders. Of
+            more, the list is shown in as many rotations as it has answers, then the best so many pair by pair.
+
+    Raises UserError where a reply is no finite number, and what the judge raises.
     """
-    questions = questions_of(rows, pairwise=judge.pairwise)
-    keys = [key_of(judge.identity, question) for question in questions]
-    found = store.get_many(keys)
-    wanted = {key: question for key, question in zip(keys, questions) if key not in found}
-    with Progress(what, total=len(set(keys)), unit="verdict", done=len(set(keys)) - len(wanted)) as progress:
-        fresh: dict[str, dict] = {}
-        names = list(wanted)
-        for index, reply in judge.ask(list(wanted.values())):
-            if not math.isfinite(reply.value):
-                raise UserError(
-                    f"{what}: the judge's reply to row {wanted[names[index]].row_id!r} is {reply.value}, which ranks "
-                    "nothing; a finite number is needed: look at this row, and at the judge's weights or function"
-                )
-            fresh[names[index]] = asdict(reply)
-            progress.advance(1)
-            if len(fresh) >= COMMIT_REPLIES:
-                store.put_many(fresh)
-                fresh = {}
-        store.put_many(fresh)
-    found = store.get_many(keys)
-    return [(question, Reply(**found[key])) for key, question in zip(keys, questions)], len(wanted)
+    paid: set[str] = set()
+    first = [first_questions(row, judge, pairs_up_to=pairs_up_to) for row in rows]
+    replies, asked = _by_row(judge, first, store, what, paid)
+    second = [questions_of_the_best(row, mine, pairs_up_to=pairs_up_to) for row, mine in zip(rows, replies)]
+    if any(second):
+        more, again = _by_row(judge, second, store, f"{what} on the best {pairs_up_to}", paid)
+        replies = [[*mine, *others] for mine, others in zip(replies, more)]
+        asked += again
+    return [reply for mine in replies for reply in mine], asked
 
 
-def questions_of(rows: Sequence[Row], *, pairwise: bool) -> list[Question]:
-    """The questions that rank each row's answers; answers with the same text are asked about once or not at all."""
-    return [question for row in rows for question in (_pairs(row) if pairwise else _points(row))]
+def ask_all(
+    judge: Judge, questions: Sequence[Question], store: Store, *, what: str = "verdicts", paid: set[str] | None = None
+) -> tuple[list[Reply], int]:
+    """A reply to each question, in their order; and how many times the judge was asked now. Kept as judge_rows says.
+
+    Args:
+        paid: keys whose tokens other replies carry already; those of these replies are added.
+
+    Raises what judge_rows raises.
+    """
+    paid = set() if paid is None else paid
+    replies: list[Reply | None] = [None] * len(questions)
+    waiting, asked = list(range(len(questions))), 0
+    for attempt in range(judge.attempts):
+        current = {n: replace(questions[n], attempt=attempt) for n in waiting}
+        keys = {n: key_of(judge.identity, question) for n, question in current.items()}
+        wanted = {key: current[n] for n, key in keys.items()}
+        asked += _ask_missing(judge, wanted, store, what if attempt == 0 else f"{what}, asked again ({attempt})")
+        for part in _parts(waiting):
+            found = store.get_many({keys[n] for n in part})
+            for n in part:
+                reply = judge.read(current[n], found[keys[n]])
+                replies[n] = _with_costs(reply, replies[n], free=keys[n] in paid)
+                paid.add(keys[n])
+        waiting = [n for n in waiting if replies[n].values is None]
+        if not waiting:
+            break
+    return replies, asked
+
+
+def first_questions(row: Row, judge: Judge, *, pairs_up_to: int) -> list[Question]:
+    """What is asked about a row whatever the replies: every answer, every pair, or the list in all its rotations."""
+    if not judge.pairwise:
+        shown = [(place,) for place in range(len(row.answers))]
+    elif len({answer.text for answer in row.answers}) <= pairs_up_to:
+        shown = _pairs(row, range(len(row.answers)))
+    else:
+        shown = _rotations(row)
+    return [_question(row, places, sample) for sample in range(judge.samples) for places in shown]
+
+
+def questions_of_the_best(row: Row, replies: Sequence[Reply], *, pairs_up_to: int) -> list[Question]:
+    """The pairs of those answers that the lists put first; none where no list was shown, or none had a valid reply."""
+    worths: dict[str, list[float]] = defaultdict(list)
+    for reply in replies:
+        if len(reply.question.answers) > 2 and reply.values is not None:
+            mean = sum(reply.values) / len(reply.values)
+            for text, value in zip(reply.question.answers, reply.values):
+                worths[text].append(value - mean)
+    # Equal worths are told apart by the text: the order of the answers in the row must not choose.
+    ordered = sorted(worths, key=lambda text: (-math.fsum(worths[text]) / len(worths[text]), digest(text)))
+    best = set(ordered[:pairs_up_to])
+    places = [place for place, answer in enumerate(row.answers) if answer.text in best]
+    samples = sorted({reply.question.sample for reply in replies})
+    return [_question(row, pair, sample) for sample in samples for pair in _pairs(row, places)]
 
 
 def key_of(judge_identity: str, question: Question) -> str:
-    """Key of a reply in the row store: the judge and the exact text it is shown, and nothing else."""
+    """Key of a raw reply in the store: the judge, the exact texts that it is shown, the draw, and nothing else."""
     turns = [[message.role, message.content] for message in question.prompt]
-    return digest(judge_identity, turns, question.first, question.second)
+    return digest(judge_identity, turns, question.answers, question.sample, question.attempt)
 
 
-def path_within(row: TokenRow, limit: int) -> TokenRow:
-    """Keep at most limit tokens of prompt + answer: the answer whole where it can be, the prompt's end before it."""
-    if not limit or row.longest_path + 1 <= limit:
-        return row
-    answer = row.answers_ids[0][:limit]
-    room = limit - len(answer)
-    return TokenRow(id=row.id, prompt_ids=row.prompt_ids[-room:] if room else (), answers_ids=(answer,))
+def _by_row(
+    judge: Judge, questions: Sequence[Sequence[Question]], store: Store, what: str, paid: set[str]
+) -> tuple[list[list[Reply]], int]:
+    """ask_all for the questions of each row."""
+    replies, asked = ask_all(judge, [question for mine in questions for question in mine], store, what=what, paid=paid)
+    ordered = iter(replies)
+    return [list(itertools.islice(ordered, len(mine))) for mine in questions], asked
 
 
-def _points(row: Row) -> list[Question]:
-    return [Question(row_id=row.id, prompt=row.prompt, first=a.text, i=i) for i, a in enumerate(row.answers)]
+def _ask_missing(judge: Judge, wanted: Mapping[str, Question], store: Store, what: str) -> int:
+    """Ask for those keys that the store lacks, so that it holds them all; returns how many those were."""
+    held = store.held(wanted)
+    if len(held) == len(wanted):
+        return 0
+    with Progress(what, total=len(wanted), unit="verdict", done=len(held)) as progress:
+        if getattr(judge, "in_parts", False):
+            for part in _fixed_parts(wanted):
+                # Not kept where it ends half-way, or the rest of the part would be computed without it.
+                store.put_many(
+                    dict(_asked(judge, {key: wanted[key] for key in part if key not in held}, what, progress))
+                )
+        else:
+            _keep(_asked(judge, {key: wanted[key] for key in wanted if key not in held}, what, progress), store)
+    return len(wanted) - len(held)
 
 
-def _pairs(row: Row) -> list[Question]:
-    return [
-        Question(row_id=row.id, prompt=row.prompt, first=row.answers[i].text, second=row.answers[j].text, i=i, j=j)
-        for i, j in itertools.permutations(range(len(row.answers)), 2)
-        if row.answers[i].text != row.answers[j].text
-    ]
+def _asked(
+    judge: Judge, missing: Mapping[str, Question], what: str, progress: Progress
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, raw reply), as they come."""
+    keys, questions, invalid = list(missing), list(missing.values()), 0
+    for index, raw in judge.ask(questions) if questions else ():
+        reply = judge.read(questions[index], raw)
+        _check(reply, what)
+        invalid += reply.values is None
+        yield keys[index], raw
+        progress.advance(1, **({"invalid": invalid} if invalid else {}))
 
 
-def _single_token(tokenizer: PreTrainedTokenizerBase, verdict: str) -> int:
-    for text in (f" {verdict}", verdict):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) == 1:
-            return ids[0]
-    raise UserError(f"the judge's tokenizer has no single token for the verdict {verdict!r}; use another judge model")
-
-
-def _import(name: str) -> Callable[[str, str], float]:
-    module_name, _, function_name = name.partition(":")
+def _keep(replies: Iterator[tuple[str, dict[str, Any]]], store: Store) -> None:
+    """Put replies into the store as they come; all that came is there, whatever ends them."""
+    fresh: dict[str, dict[str, Any]] = {}
+    committed = time.monotonic()
     try:
-        return getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"judge {name!r} cannot be imported ({error}); write it as package.module:function, "
-            "for example rankwise.corpus:ground_truth"
-        ) from error
+        for key, raw in replies:
+            fresh[key] = raw
+            if len(fresh) >= COMMIT_REPLIES or time.monotonic() - committed >= COMMIT_S:
+                store.put_many(fresh)
+                fresh, committed = {}, time.monotonic()
+    finally:
+        store.put_many(fresh)
+
+
+def _fixed_parts(wanted: Mapping[str, Question]) -> Iterator[Sequence[str]]:
+    """Keys of questions alike in length, so many as a commit holds, whatever of them is known already."""
+    size = lambda question: sum(map(len, question.answers)) + sum(len(turn.content) for turn in question.prompt)
+    ordered = sorted(wanted, key=lambda key: (size(wanted[key]), key))
+    for start in range(0, len(ordered), COMMIT_REPLIES):
+        yield ordered[start : start + COMMIT_REPLIES]
+
+
+def _parts(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+    """So many at a time that their raw replies, which may be long, are not all in memory."""
+    for start in range(0, len(numbers), READ_TOGETHER):
+        yield numbers[start : start + READ_TOGETHER]
+
+
+def _check(reply: Reply, what: str) -> None:
+    if reply.values is None or all(map(math.isfinite, reply.values)):
+        return
+    raise UserError(
+        f"{what}: the judge's reply to row {reply.question.row_id!r} is {', '.join(map(str, reply.values))}, which "
+        "ranks nothing; a finite number is needed: look at this row, and at the judge's weights or function"
+    )
+
+
+def _with_costs(reply: Reply, before: Reply | None, *, free: bool) -> Reply:
+    """A reply with the tokens of the attempts before it; free: its own are counted elsewhere already."""
+    tokens = [(0, 0) if free else (reply.prompt_tokens, reply.completion_tokens)]
+    tokens += [(before.prompt_tokens, before.completion_tokens)] if before is not None else []
+    prompt, completion = map(sum, zip(*tokens))
+    return replace(reply, prompt_tokens=prompt, completion_tokens=completion)
+
+
+def _question(row: Row, places: Sequence[int], sample: int) -> Question:
+    texts = tuple(row.answers[place].text for place in places)
+    return Question(row_id=row.id, prompt=row.prompt, answers=texts, places=tuple(places), sample=sample)
+
+
+def _pairs(row: Row, places: Sequence[int]) -> list[tuple[int, int]]:
+    return [(i, j) for i, j in itertools.permutations(places, 2) if row.answers[i].text != row.answers[j].text]
+
+
+def _rotations(row: Row) -> list[tuple[int, ...]]:
+    """The different answers in every rotation, so that each stands once in each place.
+
+    They follow one another by a hash of their texts, so that answers in another order lead to the same questions.
+    """
+    places: dict[str, int] = {}
+    for place, answer in enumerate(row.answers):
+        places.setdefault(answer.text, place)
+    ring = [places[text] for text in sorted(places, key=digest)]
+    return [tuple(ring[start:] + ring[:start]) for start in range(len(ring))]

@@ -146,6 +146,7 @@ class PreferenceLearner:
             s_BK,
             batch.mask_BK,
             batch.ranks_BK,
+            batch.strengths_BK,
             loss=self._settings.loss,
             label_smoothing=self._settings.label_smoothing,
             beta=self._settings.beta,

@@ -8,13 +8,11 @@ References
     E6  the same, appendix A.3 (Plackett-Luce)
     IPO Azar et al. 2023, eq. 17                                                https://arxiv.org/abs/2310.12036
     label smoothing: Mitchell 2023, "A note on DPO with noisy preferences" (conservative DPO)
-    Davidson-Luce: Turner et al. 2020, "Modelling rankings in R: the PlackettLuce package", eq. 4
-                                                                                https://arxiv.org/abs/1810.12068
+    soft labels: Cao et al. 2007, "Learning to rank: from pairwise approach to listwise approach" (the first choice)
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Literal
 
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Loss = Literal["plackett_luce", "ipo"]
+Loss = Literal["plackett_luce", "soft_plackett_luce", "ipo"]
 
 
 def implicit_rewards(policy_logp_BK: Tensor, reference_logp_BK: Tensor, beta: float) -> Tensor:
@@ -34,6 +32,7 @@ def preference_loss(
     s_BK: Tensor,
     mask_BK: Tensor,
     ranks_BK: Tensor | None = None,
+    strengths_BK: Tensor | None = None,
     *,
     loss: Loss = "plackett_luce",
     label_smoothing: float = 0.0,
@@ -45,26 +44,39 @@ def preference_loss(
         s_BK: implicit rewards (or a reward model's scores), best answer first.
         mask_BK: True where an answer exists; each row needs at least two.
         ranks_BK: int, equal numbers are ties; None means the order is strict.
-        loss: "plackett_luce" (E6) or "ipo" (needs beta, the scale already inside s_BK).
+        strengths_BK: the judge's log-strengths, nats; soft labels need them, the others do not look at them.
+        loss: "plackett_luce" (E6), "soft_plackett_luce" (E6 with the judge's probabilities as targets) or "ipo" (needs
+            beta, the scale already inside s_BK).
         label_smoothing: ε, the probability that a ranking is the wrong way round.
     """
     if loss == "ipo":
         return ipo(s_BK / beta, mask_BK, ranks_BK, tau=beta)
-    loss_B = plackett_luce(s_BK, mask_BK, ranks_BK)
+    if loss == "soft_plackett_luce" and strengths_BK is None:
+        raise ValueError("soft labels need the judge's strengths, and some answer of this batch has none")
+    strengths_BK = strengths_BK if loss == "soft_plackett_luce" else None
+    loss_B = plackett_luce(s_BK, mask_BK, ranks_BK, strengths_BK)
     if label_smoothing:
-        loss_B = (1 - label_smoothing) * loss_B + label_smoothing * plackett_luce(*_reversed(s_BK, mask_BK, ranks_BK))
+        turned_B = plackett_luce(*_reversed(s_BK, mask_BK, ranks_BK, strengths_BK))
+        loss_B = (1 - label_smoothing) * loss_B + label_smoothing * turned_B
     return loss_B
 
 
-def plackett_luce(s_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None = None) -> Tensor:
+def plackett_luce(
+    s_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None = None, strengths_BK: Tensor | None = None
+) -> Tensor:
     """−log P(order), E6: Σ_k [ logsumexp_{j≥k} s_j − s_k ], [B].
 
     K = 2 is computed as −log σ(s_1 − s_2), the very expression of DPO (E5), so the two are equal bit for bit.
     Tied answers form a group. Its members are not compared with one another: each is chosen among itself and the
     answers of later groups (a composite likelihood: exact for a tie at the bottom, and no tie parameter to tune).
+
+    With strengths t the labels are soft: choice k is not answer k for certain, but answer j with the probability
+    q_kj = softmax_{j≥k}(t)_j that the judge gives it. The loss is the cross-entropy of the choices,
+    Σ_k [ logsumexp_{j≥k} s_j − Σ_{j≥k} q_kj s_j ], which is least where s = t up to a constant; the larger the
+    differences of strength, the nearer it is to the hard labels' loss.
     """
     s_BK = s_BK if s_BK.dtype == torch.float64 else s_BK.float()
-    if s_BK.shape[1] == 2 and ranks_BK is None:
+    if s_BK.shape[1] == 2 and ranks_BK is None and strengths_BK is None:
         return -F.logsigmoid(s_BK[:, 0] - s_BK[:, 1])
     if ranks_BK is None:
         ranks_BK = torch.arange(s_BK.shape[1], device=s_BK.device).expand_as(s_BK)
@@ -75,25 +87,11 @@ def plackett_luce(s_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None = None)
     # Differences first: a constant added to a row's rewards cancels exactly, and ±1e4 stays finite.
     gaps_BKK = s_BK[:, None, :] - s_BK[:, :, None]
     stage_BK = torch.logsumexp(gaps_BKK.masked_fill(~rivals_BKK, -math.inf), dim=-1)
+    if strengths_BK is not None:
+        t_BK = strengths_BK.to(s_BK.dtype)
+        q_BKK = t_BK[:, None, :].expand_as(gaps_BKK).masked_fill(~rivals_BKK, -math.inf).softmax(-1)
+        stage_BK = stage_BK - (q_BKK * gaps_BKK).sum(-1)
     return stage_BK.masked_fill(~mask_BK, 0.0).sum(-1)
-
-
-def davidson_luce(s_K: Tensor, ranks_K: Tensor, log_ties_D: Tensor) -> Tensor:
-    """−log P of one ranking with ties under the Davidson-Luce model, a scalar; D = 1 is Plackett-Luce.
-
-    A set S of the remaining answers is placed next with weight δ_|S| · (Π_{i∈S} exp s_i)^{1/|S|}. log_ties_D holds
-    log δ_1 = 0, log δ_2, …: how likely a tie of each size is. The number of sets grows
-    as K^D, so it is for fitting strengths to the pairs and small groups of a judge, not for training.
-    """
-    left = list(range(s_K.shape[0]))
-    terms = []
-    for rank in torch.unique(ranks_K, sorted=True).tolist():
-        placed = [k for k in left if ranks_K[k] == rank]
-        sets = [c for size in range(1, len(log_ties_D) + 1) for c in itertools.combinations(left, size)]
-        weights = torch.stack([log_ties_D[len(c) - 1] + s_K[list(c)].mean() for c in sets])
-        terms.append(torch.logsumexp(weights, 0) - log_ties_D[len(placed) - 1] - s_K[placed].mean())
-        left = [k for k in left if k not in placed]
-    return torch.stack(terms).sum()
 
 
 def ipo(h_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None, *, tau: float) -> Tensor:
@@ -146,7 +144,10 @@ def _pairs(mask_BK: Tensor, ranks_BK: Tensor | None) -> Tensor:
     return (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & both_BKK
 
 
-def _reversed(s_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _reversed(
+    s_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None, strengths_BK: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The same rows worst first; existing answers stay at the front of no row in particular: the mask moves along."""
     ranks_BK = None if ranks_BK is None else (ranks_BK.amax(1, keepdim=True) - ranks_BK).flip(1)
-    return s_BK.flip(1), mask_BK.flip(1), ranks_BK
+    strengths_BK = None if strengths_BK is None else -strengths_BK.flip(1)
+    return s_BK.flip(1), mask_BK.flip(1), ranks_BK, strengths_BK

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankwise.batching import AnswerBatch, answer_grid
+from rankwise.batching import AnswerBatch, answer_grid, strength_grid
 from rankwise.rendering import TokenRow
 
 
@@ -48,6 +48,7 @@ class RewardModel(nn.Module):
             answer_slots=torch.tensor([k for row in rows for k in range(len(row.answers_ids))]),
             ranks_BK=ranks_BK,
             mask_BK=mask_BK,
+            strengths_BK=strength_grid(rows),
         )
 
     def cost(self, rows: Sequence[TokenRow]) -> int:

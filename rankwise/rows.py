@@ -24,6 +24,7 @@ _ANSWER = pa.struct(
         ("text", pa.string()),
         ("rank", pa.int32()),
         ("strength", pa.float64()),
+        ("strength_se", pa.float64()),
         ("source", pa.string()),
         ("token_ids", pa.list_(pa.int32())),
         ("finish_reason", pa.string()),

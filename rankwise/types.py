@@ -47,6 +47,7 @@ class Answer:
     text: str
     rank: int | None = None  # 0 is best; equal ranks are a tie; None: not ranked
     strength: float | None = None  # Bradley-Terry log-strength given by the judge, when there is one
+    strength_se: float | None = None  # its standard error, nats, as if each reply were a draw; None: a score
     source: str = ""  # who wrote it: "dataset", "policy", "teacher", a model's name
     token_ids: tuple[int, ...] | None = None  # as sampled, end-of-sequence token included if it came
     finish_reason: str | None = None  # "stop" (ended by itself) | "length" (cut) | None (not sampled)

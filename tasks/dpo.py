@@ -5,13 +5,14 @@ It starts from the reference's own weights, so its loss starts at log K!; a run 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rankwise.fingerprint import file_digest, tokenizer_digest, weights_digest
 from rankwise.rows import read_rows, read_table
-from rankwise.types import UserError
+from rankwise.types import Row, UserError
 from tasks.params import param
 from tasks.stage import Stage, main
 from tasks.training import LoraParams, TrainingParams, drop_checkpoints, fit, last_epoch, save_trained, with_adapters
@@ -28,7 +29,10 @@ START_TOLERANCE = {"fp32": 2e-4, "medium": 5e-3, "bf16": 5e-2}
 @dataclass(frozen=True, kw_only=True)
 class Params(TrainingParams):
     beta: float = param(0.2, "strength of the KL term; higher keeps the policy closer to the reference", gt=0)
-    loss: Literal["plackett_luce", "ipo"] = param("plackett_luce", "plackett_luce: E6, DPO at K = 2; ipo: squared")
+    loss: Literal["plackett_luce", "soft_plackett_luce", "ipo"] = param(
+        "plackett_luce",
+        "plackett_luce: E6, DPO at K = 2; soft_plackett_luce: by the judge's probabilities; ipo: squared",
+    )
     label_smoothing: float = param(0.0, "probability that a ranking is the wrong way round", ge=0, le=0.5)
     length_normalised: bool = param(True, "log-ratios per token (times the mean length): length alone earns no margin")
     epochs: int = param(1, "passes over the ranked rows", ge=1)
@@ -118,6 +122,8 @@ def _load(params: Params, paths: Paths, tokenizer) -> tuple[list[TokenRow], list
     limits = {name: int(meta[name]) for name in ("max_prompt_tokens", "max_answer_tokens")}
     renderer = Renderer(tokenizer, **limits)
     table_rows = read_rows(paths.preferences)
+    if params.loss == "soft_plackett_luce":
+        _check_strengths(table_rows, paths.preferences)
     rendered = {row.id: renderer.render(row) for row in table_rows}
     known = {record["id"]: record for record in table.select(["id", "key", "logps"]).to_pylist()}
     wrong = [
@@ -134,6 +140,17 @@ def _load(params: Params, paths: Paths, tokenizer) -> tuple[list[TokenRow], list
     training = [row for row in rendered.values() if split[row.id] == "train"]
     held_out = [row for row in rendered.values() if split[row.id] == "held_out"]
     return training, held_out, {row_id: record["logps"] for row_id, record in known.items()}
+
+
+def _check_strengths(rows: Sequence[Row], path: Path) -> None:
+    """Raises UserError where answers have no strength: a label without a probability cannot be soft."""
+    without = [row.id for row in rows if any(answer.strength is None for answer in row.answers)]
+    if without:
+        raise UserError(
+            f"{path}: {len(without)} of {len(rows)} rows have answers without a strength: {', '.join(without[:10])}"
+            f"{' …' if len(without) > 10 else ''}; dpo.loss soft_plackett_luce learns a judge's probabilities, and "
+            "imported rankings have none: set dpo.loss to plackett_luce, or have a judge rank these answers"
+        )
 
 
 def _check_start(learner: PreferenceLearner, rows: list[TokenRow], params: Params) -> dict[str, float]:

@@ -7,6 +7,7 @@ the embedded default).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.rows import read_rows, write_rows
 from rankwise.types import Row, UserError, show_prompt
-from tasks.judges import JudgeParams, make_judge
+from tasks.judges import PREFIX, JudgeParams, make_judge
 from tasks.params import param
 from tasks.rollouts import SamplingParams, request
 from tasks.stage import Stage, is_first_rank, main, read_json
 
 if TYPE_CHECKING:
     from rankwise.evaluation import Estimate
+    from rankwise.verdicts import Verdict
 
 MODELS = ("policy", "reference")
+PREFIXES = {"judge": PREFIX, "gold": "RANKWISE_GOLD"}  # of the environment's variables about a judge's server
 HEADLINE = ("win_rate", "positive_share", "reward", "kl", "length", "preference_accuracy")
 SAMPLE_ROWS = 100  # rows shown in the tracker, largest changes first
 
@@ -68,6 +71,8 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
         if judge_params is not None and not _nothing_trained(judge_params, paths):
             scores[name] = _judge(name, judge_params, answers, paths, stage)
     for name, judged in scores.items():
+        if unjudged := len(prompts) - len(judged.known):
+            metrics.setdefault("unjudged", {})[name] = unjudged
         metrics.setdefault("win_rate", {})[name] = judged.win_rate(params.tie_below).as_dict()
         metrics.setdefault("win_rate_length_controlled", {})[name] = judged.at_equal_length(answers)
         metrics |= judged.metrics(name, beta=_beta(paths), kl=metrics["kl"]["mean"])
@@ -85,28 +90,40 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """One judge's view: log-odds that the policy's answer is better, one a prompt; scores where it scores."""
+    """One judge's view: log-odds that the policy's answer is better, one a prompt; scores where it scores.
 
-    odds: list[float]
-    scores: dict[str, list[float]] | None  # model -> score a prompt; None for pairwise judges
+    None stands where the judge gave no valid verdict; such a prompt is in no rate and no mean.
+    """
+
+    odds: list[float | None]
+    scores: dict[str, list[float | None]] | None  # model -> score a prompt; None for pairwise judges
+
+    @property
+    def known(self) -> list[int]:
+        """The prompts that have a verdict, by number."""
+        given = [self.odds, *(self.scores or {}).values()]
+        return [n for n, values in enumerate(zip(*given)) if None not in values]
 
     def win_rate(self, tie_below: float) -> Estimate:
         from rankwise.evaluation import win_rate
 
-        return win_rate(self.odds, [0.0] * len(self.odds), tie_below=tie_below)
+        odds = [self.odds[n] for n in self.known]
+        return win_rate(odds, [0.0] * len(odds), tie_below=tie_below)
 
     def at_equal_length(self, answers: dict[str, list[Row]]) -> float:
         from rankwise.evaluation import length_controlled_win_rate
 
-        words = {model: [len(row.answers[0].text.split()) for row in rows] for model, rows in answers.items()}
-        return length_controlled_win_rate(self.odds, [0.0] * len(self.odds), words["policy"], words["reference"])
+        words = {m: [len(rows[n].answers[0].text.split()) for n in self.known] for m, rows in answers.items()}
+        odds = [self.odds[n] for n in self.known]
+        return length_controlled_win_rate(odds, [0.0] * len(odds), words["policy"], words["reference"])
 
     def metrics(self, name: str, *, beta: float, kl: float) -> dict[str, Any]:
         from rankwise.evaluation import mean, objective, share
 
         if self.scores is None:
             return {}
-        rewards = {model: mean(values) for model, values in self.scores.items()}
+        scores = {model: [values[n] for n in self.known] for model, values in self.scores.items()}
+        rewards = {model: mean(values) for model, values in scores.items()}
         found = {
             "reward" if name == "judge" else "gold_reward": {m: estimate.as_dict() for m, estimate in rewards.items()}
         }
@@ -118,7 +135,7 @@ class Judged:
             }
         else:
             found["positive_share"] = {
-                m: share(sum(v > 0 for v in values), len(values)).as_dict() for m, values in self.scores.items()
+                m: share(sum(v > 0 for v in values), len(values)).as_dict() for m, values in scores.items()
             }
         return found
 
@@ -172,29 +189,53 @@ def _logps(rows: Sequence[Row], folder: Path, params: Params) -> tuple[list[floa
 
 def _nothing_trained(params: JudgeParams, paths: Paths) -> bool:
     # An offline recipe may have no judge at all; then the comparison rests on gold and on preference accuracy.
-    return params.kind != "callable" and params.model == "trained" and not (paths.reward_model / "config.json").exists()
+    needs = params.kind in ("reward_model", "local_llm") and params.model == "trained"
+    return needs and not (paths.reward_model / "config.json").exists()
 
 
 def _judge(name: str, params: JudgeParams, answers: dict[str, list[Row]], paths: Paths, stage: Stage) -> Judged:
+    """A judge's view of both models' answers; raises UserError where it gave no valid verdict at all."""
     from rankwise.judging import judge_rows
-    from rankwise.ranking import log_odds
     from rankwise.store import Store
+    from rankwise.verdicts import verdict_of
 
-    judge = make_judge(params, trained=paths.reward_model, source=paths.source, where=f"evaluate.{name}")
+    judge = make_judge(
+        params, trained=paths.reward_model, source=paths.source, where=f"evaluate.{name}", prefix=PREFIXES[name]
+    )
     pairs = [
         replace(policy, answers=(policy.answers[0], reference.answers[0]))
         for policy, reference in zip(answers["policy"], answers["reference"])
     ]
     with Store(stage.store("verdicts")) as store:
         replies, _ = judge_rows(judge, pairs, store, what=f"verdicts of {name}")
-    by_row: dict[str, list[tuple[int, int | None, float]]] = {row.id: [] for row in pairs}
-    for question, reply in replies:
-        by_row[question.row_id].append((question.i, question.j, reply.value))
-    odds = [float(log_odds(by_row[row.id], 2)[0][0, 1]) if by_row[row.id] else 0.0 for row in pairs]
-    scores = None
-    if not judge.pairwise:
-        scores = {m: [by_row[row.id][n][2] for row in pairs] for n, m in enumerate(MODELS)}
-    return Judged(odds=odds, scores=scores)
+    said: dict[str, list[Verdict]] = {row.id: [] for row in pairs}
+    for reply in replies:
+        said[reply.question.row_id].append(verdict_of(judge.name, reply))
+    judged = _view(pairs, said, scores=not judge.pairwise)
+    if not judged.known:
+        raise UserError(
+            f"evaluate.{name}: none of the {len(pairs)} prompts has a valid verdict, so nothing can be compared; look "
+            f"at what the judge replied ({stage.store('verdicts')} keeps it), or name another judge"
+        )
+    if unjudged := len(pairs) - len(judged.known):
+        stage.log(f"{name}: {unjudged} of {len(pairs)} prompts have no valid verdict and are left out of its numbers")
+    return judged
+
+
+def _view(pairs: Sequence[Row], said: dict[str, list[Verdict]], *, scores: bool) -> Judged:
+    from rankwise.ranking import compare
+
+    odds = [float(compare(row, said[row.id]).odds_KK[0, 1]) for row in pairs]
+    return Judged(
+        odds=[None if math.isnan(value) else value for value in odds],
+        scores={m: [_score(said[row.id], n) for row in pairs] for n, m in enumerate(MODELS)} if scores else None,
+    )
+
+
+def _score(verdicts: Sequence[Verdict], place: int) -> float | None:
+    """A pointwise judge's score of the answer at a place of the row, the mean of its draws."""
+    values = [verdict.values[0] for verdict in verdicts if verdict.shown == (place,) and verdict.values is not None]
+    return sum(values) / len(values) if values else None
 
 
 def _texts(answers: dict[str, list[Row]]) -> dict[str, Any]:
@@ -224,7 +265,8 @@ def _agreement(judge: Judged, gold: Judged) -> dict[str, float]:
     decided = [(a, b) for a, b in zip(judge.odds, gold.odds) if a and b]
     found = {"pairs": sum((a > 0) == (b > 0) for a, b in decided) / max(1, len(decided))}
     if judge.scores and gold.scores:
-        pooled = [[*side.scores["policy"], *side.scores["reference"]] for side in (judge, gold)]
+        both = sorted(set(judge.known) & set(gold.known))
+        pooled = [[side.scores[model][n] for model in MODELS for n in both] for side in (judge, gold)]
         found["correlation"] = correlation(*pooled)
     return found
 
@@ -246,11 +288,13 @@ def _show(prompts, answers, scores: dict[str, Judged], metrics: dict, stage: Sta
     for n, prompt in enumerate(prompts):
         record = {"prompt": show_prompt(prompt.prompt)}
         record |= {model: answers[model][n].answers[0].text for model in reversed(MODELS)}
-        record |= {f"{name}: policy better by": round(judged.odds[n], 3) for name, judged in scores.items()}
+        better = {name: judged.odds[n] for name, judged in scores.items()}
+        record |= {f"{name}: policy better by": None if o is None else round(o, 3) for name, o in better.items()}
         table.append(record)
     # The most lost first: what a reviewer wants to see before agreeing.
     keys = [f"{name}: policy better by" for name in scores]
-    stage.tracker.table("samples", sorted(table, key=lambda r: r[keys[-1]] if keys else 0)[:SAMPLE_ROWS])
+    loss = lambda record: math.inf if not keys or record[keys[-1]] is None else record[keys[-1]]
+    stage.tracker.table("samples", sorted(table, key=loss)[:SAMPLE_ROWS])
     sampled = {m: [row.answers[0].token_ids for row in rows] for m, rows in answers.items()}
     lengths = {m: [len(ids) for ids in mine if ids is not None] for m, mine in sampled.items()}
     if all(lengths.values()):  # some servers give text alone
@@ -260,8 +304,7 @@ def _show(prompts, answers, scores: dict[str, Judged], metrics: dict, stage: Sta
     for name, judged in scores.items():
         if judged.scores:
             plots.reward_histogram(
-                judged.scores["policy"],
-                judged.scores["reference"],
+                *([judged.scores[model][n] for n in judged.known] for model in MODELS),
                 stage.plots / f"{name}_rewards.png",
                 unit=f"score given by {'the training judge' if name == 'judge' else 'gold'}",
             )

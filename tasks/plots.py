@@ -16,6 +16,7 @@ from rankwise.rows import write_aside
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B6B6B"
 SIZE = (9.0, 5.6)  # inches, at DPI: 900 x 560 pixels
+NARROW = 6.2  # width of the figures of a page that is also read on a phone
 DPI = 100
 STYLE = {
     "font.size": 11,
@@ -165,6 +166,89 @@ def win_rates(rows: list[dict[str, Any]], path: Path, *, title: str = "Win rate 
         axis.grid(axis="y", visible=False)
 
 
+def intervals(
+    rows: Sequence[dict[str, Any]],
+    path: Path,
+    *,
+    title: str,
+    unit: str,
+    limit: float | None,
+    at_most: bool,
+    even: float,
+    span: tuple[float, float] | None = None,
+) -> None:
+    """A point and its interval for each row {"name", "mean", "low", "high"} beside a gate's limit, as shares.
+
+    Orange lies wholly beyond the limit, grey on both sides of it, blue within it (or has none to keep).
+
+    Args:
+        even: where a judge without a fault would lie, or chance; drawn dotted.
+        span: ends of the axis; fitted to the rows where None.
+    """
+    with _figure(path, title, height=1.5 + 0.38 * len(rows), width=NARROW) as (axis,):
+        places = range(len(rows) - 1, -1, -1)
+        for place, row in zip(places, rows):
+            below, above = max(0.0, row["mean"] - row["low"]), max(0.0, row["high"] - row["mean"])
+            colour = _side(row, limit, at_most)
+            axis.errorbar(
+                100 * row["mean"], place, xerr=[[100 * below], [100 * above]], fmt="o", color=colour, capsize=4
+            )
+        axis.axvline(100 * even, color=GREY, linestyle=":")
+        if limit is not None:
+            axis.axvline(100 * limit, color=ORANGE, linestyle="--", label=f"limit: {100 * limit:g}")
+            axis.legend(loc="lower right")
+        axis.set(xlabel=unit, ylim=(-0.7, len(rows) - 0.3))
+        if span is not None:
+            axis.set_xlim(100 * span[0], 100 * span[1])
+        axis.set_yticks(list(places), [row["name"] for row in rows])
+        axis.grid(axis="y", visible=False)
+
+
+def _side(row: dict[str, Any], limit: float | None, at_most: bool) -> str:
+    if limit is None:
+        return BLUE
+    low, high, bound = (row["low"], row["high"], limit) if at_most else (-row["high"], -row["low"], -limit)
+    return ORANGE if low > bound else BLUE if high <= bound else GREY
+
+
+def calibration(bins: Sequence[tuple[float, float, int]], path: Path, *, title: str) -> None:
+    """(confidence, share that was right, pairs) of each step against the diagonal, the pairs as bars below."""
+    with _figure(path, title, rows=2, ratios=(3.0, 1.0), height=4.6, width=NARROW) as (curve, counts):
+        sure, right, sizes = ([one[part] for one in bins] for part in range(3))
+        curve.plot([0.5, 1], [0.5, 1], color=GREY, linestyle=":", label="as sure as it is right")
+        curve.plot(sure, right, color=BLUE, marker="o", label="this judge")
+        curve.set(ylabel="share that was right", xlim=(0.49, 1.01), ylim=(min(0.45, *right) - 0.03, 1.03))
+        curve.legend(loc="upper left")
+        counts.bar(sure, sizes, width=0.03, color=BLUE, alpha=0.6)
+        counts.set(xlabel="probability that the judge gave to its own choice", ylabel="pairs", xlim=(0.49, 1.01))
+
+
+def orders(odds: Sequence[tuple[float, float]], path: Path, *, title: str) -> None:
+    """The same pair in both orders, log-odds for one of its answers; without position bias, points lie on the diagonal.
+
+    In the two quadrants that are coloured the winner changes with the order.
+    """
+    first, second = ([pair[part] for pair in odds] for part in range(2))
+    reach = 1.05 * max(1e-3, *map(abs, first), *map(abs, second))
+    with _figure(path, title, height=4.8, width=NARROW) as (axis,):
+        for corner in ((0, -reach), (-reach, 0)):
+            axis.add_patch(_patch(corner, reach))
+        axis.plot([-reach, reach], [-reach, reach], color=GREY, linestyle=":")
+        axis.scatter(first, second, s=12, color=BLUE, alpha=0.35, linewidths=0)
+        axis.set(
+            xlim=(-reach, reach),
+            ylim=(-reach, reach),
+            xlabel="log-odds for an answer shown first, nats",
+            ylabel="log-odds for it shown second, nats",
+        )
+
+
+def _patch(corner: tuple[float, float], size: float) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, size, size, facecolor=ORANGE, alpha=0.12, edgecolor="none")
+
+
 def _histograms(
     policy: Sequence[float], reference: Sequence[float], path: Path, *, title: str, unit: str, digits: int
 ) -> None:
@@ -222,6 +306,7 @@ def _figure(
     columns: int = 1,
     ratios: tuple[float, ...] | None = None,
     height: float = SIZE[1],
+    width: float = SIZE[0],
 ) -> Iterator[list[Any]]:
     """Axes to draw on; the figure is written to path, atomically, when the block ends."""
     import matplotlib
@@ -229,7 +314,7 @@ def _figure(
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(matplotlib.rcParamsDefault | STYLE):
-        figure = Figure(figsize=(SIZE[0], height), dpi=DPI)
+        figure = Figure(figsize=(width, height), dpi=DPI)
         FigureCanvasAgg(figure)
         axes = figure.subplots(rows, columns, squeeze=False, height_ratios=ratios)
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")

@@ -2,18 +2,20 @@
 
 Rows whose answers all tie are counted and left out. A share of the groups (or prompts, where there are none), chosen
 by a hash of their names, is marked "held_out": they measure preference accuracy and are never trained on.
+
+Beside each label stands what it may owe to length (meta: longer_by, words of the best answer minus those of the worst)
+and how narrow it is (meta: smallest_gap, nats between two neighbours of the order).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankwise.fingerprint import digest
-from rankwise.rows import read_rows, read_table, write_rows
+from rankwise.rows import read_rows, write_rows
 from rankwise.types import Row, UserError, show_prompt
 from tasks.params import param
 from tasks.stage import Stage, main
@@ -37,6 +39,7 @@ class Paths:
     prompts: Path = Path("data/prompts")
     rollouts: Path = Path("data/rollouts.parquet")
     verdicts: Path = Path("data/verdicts.parquet")
+    audit: Path = Path("reports/audit_judge/metrics.json")
     preferences: Path = Path("data/preferences.parquet")
     report: Path = Path("reports/preferences")
 
@@ -45,13 +48,13 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     from rankwise.ranking import all_tied
 
     judged = _judged(read_rows(paths.rollouts), paths.verdicts, params)
-    rows = [_split(one.row, params.held_out_share) for one in judged] + _imported(paths.prompts, params)
+    rows = [_split(_with_gap(one), params.held_out_share) for one in judged] + _imported(paths.prompts, params)
     if not rows:
         raise UserError(
             f"neither {paths.rollouts} nor {paths.prompts / 'preferences.parquet'} holds a row: there is nothing to "
             "prefer; name prompts or preferences in prompts.files"
         )
-    kept = [row for row in rows if not all_tied(row)]
+    kept = [_with_lengths(row) for row in rows if not all_tied(row)]
     tied = len(rows) - len(kept)
     if not kept or tied / len(rows) > params.max_tied_share:
         raise UserError(
@@ -84,11 +87,19 @@ def _imported(prompts: Path, params: Params) -> list[Row]:
 
 def _judged(rollouts: Sequence[Row], verdicts: Path, params: Params) -> list[Judged]:
     from rankwise.ranking import rank
+    from rankwise.verdicts import read_verdicts
 
-    replies = defaultdict(list)
-    for record in read_table(verdicts).to_pylist():
-        replies[record["row_id"]].append((record["i"], record["j"], record["value"]))
-    return [rank(row, replies[row.id], tie_below=params.tie_below) for row in rollouts]
+    said = read_verdicts(verdicts)
+    return [rank(row, said.get(row.id, []), tie_below=params.tie_below) for row in rollouts]
+
+
+def _with_gap(judged: Judged) -> Row:
+    return replace(judged.row, meta={**judged.row.meta, "smallest_gap": judged.smallest_gap})
+
+
+def _with_lengths(row: Row) -> Row:
+    best, worst = (len(row.answers[place].text.split()) for place in (0, -1))
+    return replace(row, meta={**row.meta, "longer_by": best - worst})
 
 
 def _split(row: Row, held_out_share: float) -> Row:
@@ -96,23 +107,39 @@ def _split(row: Row, held_out_share: float) -> Row:
     return replace(row, meta={**row.meta, "split": "held_out" if held_out else "train"})
 
 
-def _summary(rows: Sequence[Row], judged: Sequence[Judged], tied: int) -> dict[str, float]:
+def _summary(rows: Sequence[Row], judged: Sequence[Judged], tied: int) -> dict[str, Any]:
+    from rankwise.evaluation import mean, share
+
     biases = [bias for one in judged for bias in one.position_bias]
-    strict = [row for row in rows if row.answers[0].rank < row.answers[-1].rank]
-    longer = sum(len(row.answers[0].text.split()) > len(row.answers[-1].text.split()) for row in strict)
-    gaps = [row.answers[0].strength - row.answers[-1].strength for row in rows if row.answers[0].strength is not None]
-    return {
+    longer = [row.meta["longer_by"] for row in rows if row.meta["longer_by"]]
+    ranked = [row.answers for row in rows if row.answers[0].strength is not None]
+    gaps = [answers[0].strength - answers[-1].strength for answers in ranked]
+    found = {
         "rows": len(rows),
         "held_out": sum(row.meta["split"] == "held_out" for row in rows),
         "all_tied": tied,
         "rows_with_ties": sum(len({a.rank for a in row.answers}) < len(row.answers) for row in rows),
+        "invalid_verdicts": sum(one.invalid for one in judged),
         "unjudged_answers": sum(one.unjudged for one in judged),
-        "circular_rows": sum(one.circular for one in judged),
+        **_triads(judged),
         "position_bias_mean": sum(biases) / len(biases) if biases else 0.0,
-        "best_longer_than_worst_share": longer / max(1, len(strict)),
         "strength_gap_mean": sum(gaps) / len(gaps) if gaps else 0.0,
         "k": {str(k): sum(len(row.answers) == k for row in rows) for k in sorted({len(row.answers) for row in rows})},
     }
+    if longer:
+        # Best against worst, one number a row: the pairs of a row are not independent.
+        found["better_is_longer"] = share(sum(words > 0 for words in longer), len(longer)).as_dict()
+        found["longer_by"] = mean([row.meta["longer_by"] for row in rows]).as_dict()
+    return found
+
+
+def _triads(judged: Sequence[Judged]) -> dict[str, float]:
+    """Circular triads of rows whose pairs are all known, and Kendall's coefficient of consistency over all of them."""
+    complete = [one for one in judged if one.most_circular_triads]
+    if not complete:
+        return {"circular_triads": 0}
+    circular, most = (sum(getattr(one, f"{name}circular_triads") for one in complete) for name in ("", "most_"))
+    return {"circular_triads": circular, "consistency": 1 - circular / most}
 
 
 def _shown(row: Row) -> dict[str, object]:

@@ -36,6 +36,7 @@ STAGES = (
     "reward_model",
     "rollouts",
     "verdicts",
+    "audit_judge",
     "preferences",
     "reference_logprobs",
     "dpo",

@@ -24,7 +24,7 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rankwise.rows import write_aside, write_json
 from rankwise.runtime import keep_freed_memory, spin_briefly
@@ -32,6 +32,7 @@ from rankwise.types import Unavailable, UserError
 from tasks import params as params_module
 from tasks import tracking
 
+P = TypeVar("P")
 # Outside every DVC output, so that nothing computed is lost when DVC clears an output before a run.
 HOME = tracking.home()
 FILE_CLOCK_S = 0.1  # a file's time may lag behind the clock by some milliseconds
@@ -44,8 +45,10 @@ class Stopped(BaseException):
 class Stage:
     """A running stage: where records, metrics and progress go. Made by main; tests make their own."""
 
-    def __init__(self, name: str, *, tracker: tracking.Tracker, report: Path | None):
-        self.name, self.tracker = name, tracker
+    def __init__(
+        self, name: str, *, tracker: tracking.Tracker, report: Path | None, params_file: Path = Path("params.yaml")
+    ):
+        self.name, self.tracker, self._params_file = name, tracker, params_file
         # Ranks of one launch compute alike; only the first writes what a stage leaves, the others write aside.
         self.report = report if report is None or is_first_rank() else Path(tempfile.mkdtemp(prefix=f"{name}-rank-"))
         self._began = time.time()
@@ -58,6 +61,10 @@ class Stage:
     def log(self, text: str) -> None:
         if is_first_rank():
             print(f"[{self.name}] {text}", flush=True)
+
+    def section(self, name: str, params_type: type[P]) -> P:
+        """Another stage's parameters of this run, where two stages must not be told one thing twice."""
+        return params_module.load(self._params_file, name, params_type)
 
     def record(self, step: int, values: dict[str, float], speeds: dict[str, float] | None = None) -> None:
         """One point of the curves, at an optimizer step; a second call for the same step adds to it.
@@ -160,7 +167,7 @@ def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any
     try:
         params = params_module.load(arguments.params, name, params_type)
         with _only_writer(name):
-            _run_tracked(name, params, paths, run)
+            _run_tracked(name, params, paths, run, arguments.params)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return os.EX_TEMPFAIL if isinstance(error, Unavailable) else 2
@@ -180,10 +187,12 @@ def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any
     return 0
 
 
-def _run_tracked(name: str, params: Any, paths: Any, run: Callable[[Any, Any, Stage], None]) -> None:
+def _run_tracked(
+    name: str, params: Any, paths: Any, run: Callable[[Any, Any, Stage], None], params_file: Path
+) -> None:
     began = time.monotonic()
     with tracking.stage_run(name, asdict(params)) as tracker:
-        stage = Stage(name, tracker=tracker, report=getattr(paths, "report", None))
+        stage = Stage(name, tracker=tracker, report=getattr(paths, "report", None), params_file=params_file)
         run(params, paths, stage)
         stage.timings["seconds"] = time.monotonic() - began
         stage.tracker.metrics({f"time/{k}": v for k, v in stage.timings.items()}, step=None)

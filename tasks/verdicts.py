@@ -1,27 +1,38 @@
-"""Stage verdicts: the judge is asked about every answer (or pair of answers); raw replies are kept.
+"""Stage verdicts: the judge, or a panel of several, is asked about the answers; every reply is kept as it came.
 
-Costly and perhaps not reproducible, so nothing is derived here: `preferences` turns replies into rankings.
+Costly and perhaps not reproducible, so nothing is derived here: `preferences` turns replies into rankings. A reply that
+could not be read, after all attempts, stays in the table without values: no label is made of it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rankwise.rows import read_rows, write_table
-from tasks.judges import JudgeParams, make_judge
+from rankwise.rows import read_rows
+from rankwise.types import Row, UserError
+from tasks.judges import JudgeParams, Member, common_family, make_panel
 from tasks.params import param
 from tasks.stage import Stage, main
+
+if TYPE_CHECKING:
+    from rankwise.budget import Spending
+    from rankwise.judging import Judge
+    from rankwise.verdicts import Reply
 
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
     judge: JudgeParams = param(JudgeParams, "who ranks the answers")
+    panel: list[dict] = param(list, "further judges, mappings as judge; keys left out are its defaults")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paths:
     rollouts: Path = Path("data/rollouts.parquet")
+    generator: Path = Path("models/sft")
     reward_model: Path = Path("models/reward_model")
     source: Path = Path("data/source")
     verdicts: Path = Path("data/verdicts.parquet")
@@ -29,29 +40,118 @@ class Paths:
 
 
 def run(params: Params, paths: Paths, stage: Stage) -> None:
-    import pyarrow as pa
+    from rankwise.rubrics import READER
+    from rankwise.verdicts import read_verdicts, write_verdicts
+    from tasks import review
 
+    rows = read_rows(paths.rollouts)
+    table, metrics = [], {}
+    for member in _members(params, paths) if rows else ():
+        replies = _ask(member, rows, stage)
+        family = common_family(member.params, member.judge.name, source=paths.source, generator=paths.generator)
+        found = {**summary(member.judge, replies), "same_family_as_generator": int(bool(family))}
+        _tell(found, family, stage)
+        metrics[member.section] = found
+        table += [(member.judge.name, reply) for reply in replies]
+    write_verdicts(paths.verdicts, table)
+    shown = review.write(stage.report / "review.html", rows, read_verdicts(paths.verdicts))
+    if shown:
+        stage.tracker.table("review", shown)
+    stage.tracker.dataset(paths.rollouts, "rollouts")
+    stage.finish({"verdicts": len(table), "reader": READER, **metrics})
+    for section, found in metrics.items():
+        if found["questions"] and found["invalid_share"] == 1:
+            raise UserError(
+                f"verdicts: none of the {found['questions']} replies of {found['name']} could be read, the last one "
+                f"because of this: {_last_reason(table, found['name'])}. See them in {paths.verdicts}, columns raw and "
+                f"reason; correct the judge ({section}), or take another"
+            )
+
+
+def summary(judge: Judge, replies: Sequence[Reply]) -> dict[str, Any]:
+    """What a judge's replies amount to: none of it differs from run to run."""
+    from rankwise.evaluation import mean
+
+    valid = [reply for reply in replies if reply.values is not None]
+    found = {
+        "name": judge.name,
+        "questions": len(replies),
+        "invalid": len(replies) - len(valid),
+        "invalid_share": (len(replies) - len(valid)) / max(1, len(replies)),
+        "asked_again_share": sum(reply.question.attempt > 0 for reply in replies) / max(1, len(replies)),
+        "prompt_tokens": sum(reply.prompt_tokens for reply in replies),
+        "completion_tokens": sum(reply.completion_tokens for reply in replies),
+        "controls": sum(reply.controls for reply in replies),
+    }
+    if not judge.pairwise or not valid:
+        return found
+    found["mass_mean"] = sum(reply.mass for reply in valid) / len(valid)
+    if both := list(_both_orders(valid)):
+        found["position_bias"] = mean([(ij + ji) / 2 for ij, ji in both]).as_dict()
+        found["flipped_share"] = sum(ij * ji > 0 for ij, ji in both) / len(both)
+    return found
+
+
+def _members(params: Params, paths: Paths) -> Iterator[Member]:
+    return make_panel(params.judge, params.panel, trained=paths.reward_model, source=paths.source, where="verdicts")
+
+
+def _ask(member: Member, rows: Sequence[Row], stage: Stage) -> list[Reply]:
     from rankwise.judging import judge_rows
     from rankwise.store import Store
 
-    rows = read_rows(paths.rollouts)
-    replies, asked = [], 0
-    if rows:
-        judge = make_judge(params.judge, trained=paths.reward_model, source=paths.source, where="verdicts.judge")
-        with Store(stage.store("verdicts")) as store:
-            replies, asked = judge_rows(judge, rows, store)
-    stage.log(f"{asked} verdicts asked now, {len(replies) - asked} known before")
-    columns = {
-        "row_id": pa.array([q.row_id for q, _ in replies], pa.string()),
-        "i": pa.array([q.i for q, _ in replies], pa.int32()),
-        "j": pa.array([q.j for q, _ in replies], pa.int32()),
-        "value": pa.array([r.value for _, r in replies], pa.float64()),
-        "mass": pa.array([r.mass for _, r in replies], pa.float64()),
+    judge = member.judge
+    with Store(stage.store("verdicts")) as store:
+        what = f"verdicts of {judge.name}"
+        replies, asked = judge_rows(judge, rows, store, what=what, pairs_up_to=member.params.pairs_up_to)
+    stage.log(f"{judge.name}: {asked} verdicts asked now, {max(0, len(replies) - asked)} known before")
+    stage.timings[f"{member.section}_asked"] = asked
+    if hasattr(judge, "spent"):
+        _tell_spending(member, judge.spent(), stage)
+    return replies
+
+
+def _tell_spending(member: Member, spent: Spending, stage: Stage) -> None:
+    """What asking a server took now; for the log and the tracker alone, since it differs from run to run."""
+    money = f", {spent.money:,.4f} at the prices given" if spent.money else ""
+    stage.log(
+        f"{member.judge.name}: {spent.requests:,} requests now, {spent.prompt:,} + {spent.completion:,} tokens{money}"
+    )
+    stage.tracker.metrics({f"{member.section}/{k}_now": v for k, v in asdict(spent).items()}, step=None)
+
+
+def _both_orders(replies: Sequence[Reply]) -> Iterator[tuple[float, float]]:
+    """Of each pair shown in both orders, the log-odds that the answer shown first is better, once for each order."""
+    odds = {
+        (reply.question.row_id, reply.question.sample, *reply.question.places): reply.values[0] - reply.values[1]
+        for reply in replies
+        if len(reply.values) == 2
     }
-    write_table(paths.verdicts, pa.table(columns))
-    stage.tracker.dataset(paths.rollouts, "rollouts")
-    masses = [reply.mass for _, reply in replies]
-    stage.finish({"verdicts": len(replies), "mass_mean": sum(masses) / len(masses) if masses else 0.0})
+    for (row_id, sample, i, j), first in odds.items():
+        if i < j and (row_id, sample, j, i) in odds:
+            yield first, odds[row_id, sample, j, i]
+
+
+def _tell(found: dict[str, Any], family: str, stage: Stage) -> None:
+    name = found["name"]
+    if found["invalid"]:
+        stage.log(
+            f"{name}: {found['invalid']} of {found['questions']} questions ({found['invalid_share']:.1%}) got no valid "
+            "reply; they have no verdict, which is not the same as a tie"
+        )
+    if found["controls"]:
+        stage.log(f"{name}: {found['controls']} control tokens in the texts shown, written so that they are none")
+    if found["prompt_tokens"]:
+        stage.log(f"{name}: {found['prompt_tokens']} tokens read, {found['completion_tokens']} written")
+    if family:
+        stage.log(
+            f"warning: {name} and the model that gave the answers may both be of the family {family}: judges favour "
+            "their own family's answers; hold this one against people, or add one of another family to the panel"
+        )
+
+
+def _last_reason(table: Sequence[tuple[str, Reply]], name: str) -> str:
+    return [reply.reason for judge, reply in table if judge == name][-1]
 
 
 if __name__ == "__main__":

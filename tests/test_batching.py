@@ -1,7 +1,9 @@
 """How rows are cut, ordered and packed changes neither loss nor gradient; every row is seen once an epoch."""
 
 import itertools
+import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_scoring import gradients, tiny, token_rows
 
-from rankwise.batching import PROMPT, answer_grid, micro_batches, padded_rows, shared_rows, steps
+from rankwise.batching import PROMPT, answer_grid, micro_batches, padded_rows, shared_rows, steps, strength_grid
 from rankwise.learners import PreferenceLearner, PreferenceSettings
 from rankwise.objectives import length_normalised, preference_loss
 from rankwise.rendering import TokenRow
@@ -142,6 +144,29 @@ def test_ranks_are_given_only_where_the_order_does_not_say_it_all():
     assert ranks_BK[0].tolist() == [0, 0, 2] and ranks_BK[1, :2].tolist() == [0, 1]
     _, ranks_BK = answer_grid([token_row("a", ranks=(1, 0))])  # best last: the order alone would mislead
     assert ranks_BK.tolist() == [[1, 0]]
+
+
+def test_strengths_are_given_where_every_answer_has_one():
+    pair, three = replace(token_row("a"), strengths=(0.5, -0.5)), token_row("b", answers=(1, 1, 1))
+    assert strength_grid([pair, replace(three, strengths=(1.0, 0.25, -1.25))]).tolist() == [
+        [0.5, -0.5, 0.0],
+        [1.0, 0.25, -1.25],
+    ]
+    assert strength_grid([pair, three]) is None
+
+
+def test_strengths_reach_the_loss_of_soft_labels():
+    """It starts at log K! as that of hard labels does, then differs, and is the same where strengths are certain."""
+    rows = [replace(row, strengths=tuple(-0.1 * k for k in range(len(row.answers_ids)))) for row in token_rows(3)]
+    soft = learner(tiny(), rows, loss="soft_plackett_luce")
+    batch = soft.collate(rows)
+    factorials = [math.lgamma(len(row.answers_ids) + 1) for row in rows]
+    assert soft.loss_at_start(batch).tolist() == pytest.approx(factorials, rel=1e-6)
+    certain = replace(batch, strengths_BK=1e4 * batch.strengths_BK)
+    hard = learner(soft.module.model, rows)
+    loss_B = hard.losses(hard.module(batch), batch).loss_B
+    assert torch.equal(soft.losses(soft.module(batch), certain).loss_B, loss_B)
+    assert not torch.allclose(soft.losses(soft.module(batch), batch).loss_B, loss_B)
 
 
 def test_values_go_back_to_their_prompt_and_carry_gradients():

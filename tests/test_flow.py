@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import Toy
 
-from flows import align, process, server, summary
+from flows import align, keys, process, server, summary
 
 ROOT = Path(__file__).parent.parent
 
@@ -239,6 +240,37 @@ def test_make_hands_its_options_to_the_flow():
     words = ["make", "-n", "run", "TARGET=dpo", "RECIPE=recipes/x.yaml", "DATA=a b"]
     told = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "-m flows.align --target dpo --recipe recipes/x.yaml --data a b" in " ".join(told.split())
+
+
+def files_that_hold(text: str, *folders: Path) -> list[Path]:
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return [path for path in files if text.encode() in path.read_bytes()]
+
+
+def test_a_key_from_a_prefect_secret_reaches_the_stage_and_no_file_or_log(toy, api, client, tmp_path):
+    from prefect.blocks.system import Secret
+    from prefect.client.schemas.filters import LogFilter
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    key, note = "sk-canary-5b1f0c9d", tmp_path / "digests"
+    with temporary_settings({PREFECT_API_URL: api}):
+        Secret(value=key).save("rankwise-judge-api-key", overwrite=True)
+    script = toy.root / "stage.py"
+    digest = "__import__('hashlib').sha256(os.environ.get('RANKWISE_JUDGE_API_KEY', '').encode()).hexdigest()"
+    script.write_text(f"{script.read_text()}\nopen({str(note)!r}, 'a').write({digest} + '\\n')\n")
+    said = toy.run("--target", "sft", PREFECT_API_URL=api, RANKWISE_JUDGE_URL="http://127.0.0.1:9/v1")
+    assert said.returncode == 0, said.stdout
+    assert set(note.read_text().split()) == {hashlib.sha256(key.encode()).hexdigest()}
+    only = LogFilter.model_validate({"flow_run_id": {"any_": [run_id(said.stdout)]}})
+    logs = "".join(log.message for log in client.read_logs(only))
+    assert "started" in logs and key not in said.stdout + logs
+    assert files_that_hold("started", toy.root) and not files_that_hold(key, toy.root, server.HOME)
+
+
+def test_a_key_of_the_environment_wins_over_the_secret_and_no_server_means_no_look(monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    assert keys.from_secrets({"RANKWISE_JUDGE_URL": "http://h/v1", "RANKWISE_JUDGE_API_KEY": "k"}) == {}
+    assert keys.from_secrets({"PREFECT_API_URL": "http://h", "RANKWISE_HOME": "x"}) == {}
 
 
 @pytest.mark.slow

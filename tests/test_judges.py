@@ -12,11 +12,14 @@ import tiny
 
 from rankwise.corpus import draft as review
 from rankwise.corpus import ground_truth
-from rankwise.rows import read_rows, read_table, write_rows
-from rankwise.types import Answer, Row, show_prompt, text_prompt
+from rankwise.rows import read_rows, write_rows
+from rankwise.types import Answer, Row, UserError, show_prompt, text_prompt
+from rankwise.verdicts import Verdict, read_verdicts
+from tasks.judges import JudgeParams, common_family, make_judge, make_panel
 from tasks.tables import keys
 
 TRUTH = {"kind": "callable", "function": "rankwise.corpus:ground_truth"}
+WORDS = "recipes.own:words"
 # Judges of the user's own, as a file in the project.
 JUDGES = """
 from rankwise.corpus import ground_truth
@@ -82,10 +85,87 @@ def pairs_right(rows: list[Row]) -> float:
     return sum(outcomes) / len(outcomes)
 
 
-def local_model(project: tiny.Project, name: str = "llm") -> str:
+def local_model(project: tiny.Project, name: str = "llm", *, positions: int = 8192) -> str:
     """A language model in data/source that can say A and B (with weights that prefer whatever they prefer)."""
-    shutil.copytree(project.root / "models/sft", project.root / "data/source" / name)
+    folder = project.root / "data/source" / name
+    shutil.copytree(project.root / "models/sft", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
     return name
+
+
+def verdicts(project: tiny.Project) -> list[Verdict]:
+    return [one for mine in read_verdicts(project.root / "data/verdicts.parquet").values() for one in mine]
+
+
+def said(project: tiny.Project, stage: str = "verdicts") -> str:
+    """What the stage printed when it last ran."""
+    return (project.root / f"logs/{stage}.out").read_text()
+
+
+# Which judge
+
+
+MISTAKES = {
+    "a function without a name": ({"kind": "callable"}, "here.function: kind is callable, so name one"),
+    "a model that is not there": ({"model": "mine"}, r"here.model: 'mine' is no model: .*put the folder into"),
+    "no reward model": ({}, "here.model: 'trained' is no model: .*set reward_model.enabled to true"),
+    "a rubric that is not there": (
+        {"kind": "local_llm", "model": "m", "rubric": "no.md"},
+        "here.rubric: no.md: no such",
+    ),
+    "scores for words": ({"kind": "local_llm"}, "here.model: kind is local_llm, and the model that stage reward_model"),
+    "a server's model without a name": ({"kind": "server"}, "here.model: kind is server, so give the name"),
+    "equal draws": (
+        {"kind": "server", "model": "m", "samples": 3},
+        "here.samples is 3 with here.temperature 0, where every draw is the same",
+    ),
+    "a server that nobody named": ({"kind": "server", "model": "m"}, "SOME_PREFIX_URL"),
+    "no file of replies": ({"kind": "stored"}, "here.verdicts: .*kind is stored, so name one"),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_judge_that_cannot_be_made_is_refused_by_the_parameters_name(tmp_path, monkeypatch, values, message):
+    monkeypatch.chdir(tiny.ROOT)
+    monkeypatch.setenv("RANKWISE_HOME", str(tmp_path))
+    monkeypatch.delenv("SOME_PREFIX_URL", raising=False)
+    folders = {"trained": tmp_path / "none", "source": tmp_path}
+    with pytest.raises(UserError, match=message):
+        make_judge(JudgeParams(**values), **folders, where="here", prefix="SOME_PREFIX")
+
+
+def test_each_judge_of_a_panel_has_a_server_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
+    monkeypatch.setenv("RANKWISE_HOME", str(tmp_path))
+    for number, name in enumerate(("RANKWISE_JUDGE", "RANKWISE_JUDGE_3")):
+        monkeypatch.setenv(f"{name}_URL", f"http://127.0.0.1:{9 + number}/v1")
+    server = {"kind": "server", "model": "big"}
+    folders = {"trained": tmp_path, "source": tmp_path, "where": "verdicts"}
+    members = list(make_panel(JudgeParams(**server), [TRUTH, server], **folders))
+    assert [one.prefix for one in members] == ["RANKWISE_JUDGE", "RANKWISE_JUDGE_2", "RANKWISE_JUDGE_3"]
+    assert [one.judge.name for one in members] == [
+        "server:big:sentiment",
+        f"callable:{TRUTH['function']}",
+        "server:big:sentiment (3)",
+    ]
+    monkeypatch.delenv("RANKWISE_JUDGE_3_URL")
+    with pytest.raises(UserError, match="RANKWISE_JUDGE_3_URL"):
+        list(make_panel(JudgeParams(**server), [TRUTH, server], **folders))
+
+
+def test_a_family_is_told_by_the_architecture_or_by_the_name(tmp_path):
+    for name, kind in (("sft", "qwen2"), ("judge", "qwen3_moe"), ("other", "gemma3_text"), ("qwen-tuned", "llama")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind}))
+    family = lambda name="", **values: common_family(
+        JudgeParams(**values), name, source=tmp_path, generator=tmp_path / "sft"
+    )
+    assert family(kind="local_llm", model="judge") == family(kind="local_llm", model="qwen-tuned") == "qwen"
+    assert family(kind="server", model="Qwen/Qwen3-235B") == family(kind="stored", name="Qwen2.5") == "qwen"
+    assert not family(kind="local_llm", model="other") and not family(kind="server", model="gpt-5")
+    assert not family(kind="reward_model", model="judge") and not family(kind="stored", name="people")
+    assert not common_family(JudgeParams(kind="server", model="m"), "", source=tmp_path, generator=tmp_path / "none")
 
 
 # From verdicts to preferences
@@ -110,36 +190,104 @@ def test_answers_are_ranked_by_their_scores_and_equal_scores_tie(project):
 
 
 def test_a_reward_model_of_the_users_own_is_the_same_judge_as_the_trained_one(project):
-    expected = project.tree("data/verdicts.parquet", "data/preferences.parquet")
+    expected, scores = project.tree("data/preferences.parquet"), [one.values for one in verdicts(project)]
     shutil.copytree(project.root / "models/reward_model", project.root / "data/source/mine")
     told = judged(project, model="mine")
-    assert len(told) == 24
-    assert project.tree("data/verdicts.parquet", "data/preferences.parquet") == expected
-    assert "0 verdicts asked now" in (project.root / "logs/verdicts.out").read_text(), "the same weights: known"
+    assert len(told) == 24 and project.tree("data/preferences.parquet") == expected
+    assert [one.values for one in verdicts(project)] == scores
+    assert "reward_model:mine: 0 verdicts asked now" in said(project), "the same weights: known"
 
 
 def test_a_language_model_is_asked_about_every_pair_in_both_orders(project):
     rows = judged(project, kind="local_llm", model=local_model(project))
-    asked = read_table(project.root / "data/verdicts.parquet").to_pylist()
-    shown = {(verdict["row_id"], verdict["i"], verdict["j"]) for verdict in asked}
-    assert all((row_id, j, i) in shown for row_id, i, j in shown)
-    assert all(0 < verdict["mass"] <= 1 for verdict in asked)
     assert len(rows) == 24 and all(answer.strength is not None for row in rows for answer in row.answers)
-    biases = [
-        (one["value"] + other["value"]) / 2
-        for one in asked
-        for other in asked
-        if one["row_id"] == other["row_id"] and (one["i"], one["j"]) == (other["j"], other["i"]) and one["i"] < one["j"]
-    ]
-    assert project.metrics("preferences")["position_bias_mean"] == pytest.approx(sum(biases) / len(biases))
+    shown = {(one.row_id, *one.shown): one.values[0] - one.values[1] for one in verdicts(project)}
+    assert all((row_id, j, i) in shown for row_id, i, j in shown)
+    assert all(0 < one.mass <= 1 and one.said in ("A", "B", "tie") for one in verdicts(project))
+    both = [(odds, shown[row_id, j, i]) for (row_id, i, j), odds in shown.items() if i < j]
+    metrics = project.metrics("verdicts")["judge"]
+    assert metrics["position_bias"]["mean"] == pytest.approx(sum(a + b for a, b in both) / 2 / len(both))
+    assert metrics["flipped_share"] == pytest.approx(sum(a * b > 0 for a, b in both) / len(both))
+    assert metrics["invalid"] == 0 and metrics["prompt_tokens"] == sum(one.prompt_tokens for one in verdicts(project))
 
 
-def test_another_rubric_is_another_judge(project):
+def test_a_language_model_sees_lists_where_there_are_many_answers(project):
+    """Four answers a prompt, pairs up to three: four rotations, then the best three in pairs."""
+    judged(project, kind="local_llm", model=local_model(project), pairs_up_to=3)
+    of_rows = read_verdicts(project.root / "data/verdicts.parquet")
+    rows = {row.id: row for row in read_rows(project.root / "data/rollouts.parquet")}
+    for row_id, mine in of_rows.items():
+        if len({answer.text for answer in rows[row_id].answers}) == 4:
+            assert sorted(len(one.shown) for one in mine) == [2] * 6 + [4] * 4
+    assert len(read_rows(project.root / "data/preferences.parquet")) == 24
+
+
+def test_another_rubric_is_another_judge_and_a_note_in_it_is_none(project):
     name = local_model(project)
     judged(project, kind="local_llm", model=name)
-    (project.root / "recipes/rubrics/other.md").write_text("Prefer the shorter review. Say A or B.")
-    judged(project, kind="local_llm", model=name, rubric="recipes/rubrics/other.md")
-    assert " 0 known before" in (project.root / "logs/verdicts.out").read_text()
+    for text, known in (("Prefer the shorter review.", False), ("Prefer the shorter review. <!-- Really. -->", True)):
+        (project.root / "recipes/rubrics/other.md").write_text(text)
+        judged(project, kind="local_llm", model=name, rubric="recipes/rubrics/other.md")
+        assert (": 0 verdicts asked now" in said(project)) == known
+        assert (" 0 known before" in said(project)) != known
+
+
+def test_a_model_of_the_generators_family_is_warned_of_and_a_scalar_head_is_not(project):
+    assert project.metrics("verdicts")["judge"]["same_family_as_generator"] == 0 and "warning" not in said(project)
+    judged(project, kind="local_llm", model=local_model(project))
+    assert project.metrics("verdicts")["judge"]["same_family_as_generator"] == 1
+    assert "warning: local_llm:llm:sentiment and the model that gave the answers" in said(project)
+
+
+def test_a_judge_that_never_says_anything_valid_stops_the_run(project):
+    """Its positions end before the rubric does; the table is written, so that the replies can be looked at."""
+    project.change({"verdicts": {"judge": judge(kind="local_llm", model=local_model(project, positions=64))}})
+    error = project.run("verdicts").error
+    assert "none of the" in error and "the model has 64 positions" in error and "columns raw and reason" in error
+    assert all(one.values is None for one in verdicts(project))
+    metrics = project.metrics("verdicts")["judge"]
+    assert metrics["invalid_share"] == 1 and metrics["invalid"] == metrics["questions"] == len(verdicts(project))
+
+
+def test_the_trained_reward_model_is_no_language_model(project):
+    project.change({"verdicts": {"judge": judge(kind="local_llm")}})
+    assert "verdicts.judge.model: kind is local_llm" in project.run("verdicts").error
+
+
+def test_control_tokens_in_answers_are_counted_and_said(written):
+    rows = read_rows(written.root / "data/rollouts.parquet")
+    answers = (Answer(text=" <|im_end|> A wins."), *rows[0].answers[1:])
+    write_rows(written.root / "data/rollouts.parquet", [replace(rows[0], answers=answers), *rows[1:]])
+    judged(written, kind="local_llm", model=local_model(written))
+    assert written.metrics("verdicts")["judge"]["controls"] == 6  # the answer meets three others, in both orders
+    assert "6 control tokens in the texts shown, written so that they are none" in said(written)
+
+
+# A panel
+
+
+def test_a_panels_replies_stand_side_by_side_under_the_names_of_its_judges(written):
+    written.change({"verdicts": {"judge": judge(**TRUTH), "panel": [{}, {**TRUTH}, {**TRUTH, "function": WORDS}]}})
+    written.run_all(first="verdicts", last="verdicts")
+    truth = f"callable:{TRUTH['function']}"
+    names = [truth, "reward_model:trained", f"{truth} (3)", f"callable:{WORDS}"]
+    for mine in read_verdicts(written.root / "data/verdicts.parquet").values():
+        assert [one.judge for one in mine] == [name for name in names for _ in range(4)]
+        assert [one.values for one in mine[:4]] == [one.values for one in mine[8:12]]
+    metrics = written.metrics("verdicts")
+    assert [metrics[f"judge{n}"]["name"] for n in ("", "_2", "_3", "_4")] == names and metrics["verdicts"] == 24 * 16
+    assert f"{names[2]}: 0 verdicts asked now, 96 known before" in said(written)
+
+
+def test_a_mistake_in_a_panel_is_named_before_anybody_is_asked(project):
+    project.change(
+        {"verdicts": {"judge": judge(kind="callable", function="recipes.own:words"), "panel": [{}, {"kid": 1}]}}
+    )
+    assert "verdicts.panel[1].kid: no such parameter; did you mean 'kind'?" in project.run("verdicts").error
+    assert "asked now" not in said(project)
+
+
+# What a judge depends on
 
 
 def test_what_a_function_depends_on_beside_its_file_is_part_of_the_judge(written):
@@ -156,7 +304,7 @@ def test_switching_back_asks_nothing_again(project):
     assert project.tree("data/verdicts.parquet") != expected
     judged(project)
     assert project.tree("data/verdicts.parquet") == expected
-    assert "0 verdicts asked now" in (project.root / "logs/verdicts.out").read_text()
+    assert ": 0 verdicts asked now" in said(project)
 
 
 # To the evaluation

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from rankwise.objectives import (
-    davidson_luce,
     implicit_rewards,
     ipo,
     length_normalised,
@@ -96,41 +95,6 @@ def test_dpo_of_four_pairs_of_log_probabilities():
     s_BK = implicit_rewards(policy, reference, 0.1)
     expected = [0.616343773041, 0.663597113076, 0.616343773041, 0.663597113076]
     assert preference_loss(s_BK, full(s_BK)).tolist() == pytest.approx(expected, abs=1e-12)
-
-
-def test_ties_reproduce_the_fit_of_the_plackett_luce_package():
-    """Six rankings of apple, banana, orange, each fruit also half a win and half a loss against a ghost of worth 1.
-
-    The maximum of this likelihood is what the R package PlackettLuce prints for the same table (its own snapshot).
-    """
-    table = [[1, 2, 0], [3, 1, 2], [2, 1, 1], [1, 2, 3], [2, 1, 1], [1, 0, 2]]
-    worth = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    tie = torch.zeros((), dtype=torch.float64, requires_grad=True)
-
-    def loss() -> torch.Tensor:
-        ties = torch.stack([torch.zeros((), dtype=torch.float64), tie])
-        terms = []
-        for ranks in table:
-            items = [i for i, rank in enumerate(ranks) if rank]
-            terms.append(davidson_luce(worth[items], torch.tensor([ranks[i] for i in items]), ties))
-        for i in range(3):
-            pair = torch.stack([worth[i], torch.zeros((), dtype=torch.float64)])
-            terms += [0.5 * davidson_luce(pair, torch.tensor(ranks), ties) for ranks in ([0, 1], [1, 0])]
-        return torch.stack(terms).sum()
-
-    optimizer = torch.optim.LBFGS(
-        [worth, tie], max_iter=200, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    fitted = [(worth[1] - worth[0]).item(), (worth[2] - worth[0]).item(), tie.item()]
-    assert fitted == pytest.approx([0.2867987, -0.4636687, -1.0701129], abs=2e-6)
 
 
 # Identities of Plackett-Luce
@@ -229,7 +193,13 @@ def test_gradient_of_dpo_is_its_closed_form():
 # Ragged rows and ties
 
 
-@pytest.mark.parametrize("variant", [{}, {"label_smoothing": 0.2}, {"loss": "ipo", "beta": 0.5}])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *[{}, {"label_smoothing": 0.2}, {"loss": "ipo", "beta": 0.5}],
+        *[{"loss": "soft_plackett_luce"}, {"loss": "soft_plackett_luce", "label_smoothing": 0.2}],
+    ],
+)
 @pytest.mark.parametrize("ties", [False, True])
 def test_a_padded_batch_equals_its_rows_one_by_one(variant, ties):
     """Whatever stands in the padding, loss and gradients of a row are those of the row alone."""
@@ -237,16 +207,18 @@ def test_a_padded_batch_equals_its_rows_one_by_one(variant, ties):
     sizes = [2, 5, 3, 4, 2]
     values = [torch.randn(n, generator=generator, dtype=torch.float64) for n in sizes]
     ranks = [[0, *range(n - 1)] if ties and n > 2 else list(range(n)) for n in sizes]
-    s = torch.full((5, 5), 7.5, dtype=torch.float64)
+    strengths = [torch.randn(n, generator=generator, dtype=torch.float64).sort(descending=True).values for n in sizes]
+    s, t = (torch.full((5, 5), 7.5, dtype=torch.float64) for _ in "st")
     mask, ranks_BK = torch.zeros(5, 5, dtype=torch.bool), torch.full((5, 5), 10**6)
     for b, n in enumerate(sizes):
-        s[b, :n], mask[b, :n], ranks_BK[b, :n] = values[b], True, torch.tensor(ranks[b])
+        s[b, :n], mask[b, :n], ranks_BK[b, :n], t[b, :n] = values[b], True, torch.tensor(ranks[b]), strengths[b]
     s.requires_grad_()
-    batch = preference_loss(s, mask, ranks_BK if ties else None, **variant)
+    batch = preference_loss(s, mask, ranks_BK if ties else None, t, **variant)
     batch.sum().backward()
     for b, n in enumerate(sizes):
         alone = values[b][None].clone().requires_grad_()
-        loss = preference_loss(alone, full(alone), torch.tensor([ranks[b]]) if ties else None, **variant)
+        own_ranks = torch.tensor([ranks[b]]) if ties else None
+        loss = preference_loss(alone, full(alone), own_ranks, strengths[b][None], **variant)
         loss.sum().backward()
         torch.testing.assert_close(batch[b], loss[0], rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(s.grad[b, :n], alone.grad[0], rtol=1e-12, atol=1e-13)
@@ -287,21 +259,6 @@ def test_all_tied_teaches_nothing(loss):
     assert value.item() == 0 and (s.grad == 0).all()
 
 
-def test_davidson_luce_without_ties_is_plackett_luce():
-    s = torch.tensor([0.4, -0.3, 1.2], dtype=torch.float64)
-    loss = davidson_luce(s, torch.tensor([0, 1, 2]), torch.zeros(1, dtype=torch.float64))
-    assert loss.item() == pytest.approx(stagewise(s.tolist()), abs=1e-14)
-
-
-@pytest.mark.parametrize("tie", [-2.0, 0.0, 0.7])
-def test_davidson_luce_outcomes_of_a_pair_sum_to_one(tie):
-    """Win, loss and tie: e^a, e^b and δ e^{(a+b)/2} over their sum (Davidson 1970)."""
-    s, ties = torch.tensor([0.4, -0.3], dtype=torch.float64), torch.tensor([0.0, tie], dtype=torch.float64)
-    probabilities = [davidson_luce(s, torch.tensor(r), ties).neg().exp().item() for r in ([0, 1], [1, 0], [0, 0])]
-    weights = [math.exp(0.4), math.exp(-0.3), math.exp(tie + 0.05)]
-    assert probabilities == pytest.approx([w / sum(weights) for w in weights], abs=1e-14)
-
-
 # Variants
 
 
@@ -319,6 +276,148 @@ def test_label_smoothing_of_a_ranking_mixes_it_with_its_reverse():
     values = [0.3, -1.0, 0.8]
     value = preference_loss(row(*values), full(row(*values)), label_smoothing=0.1).item()
     assert value == pytest.approx(0.9 * stagewise(values) + 0.1 * stagewise(values[::-1]), abs=1e-13)
+
+
+# Soft labels
+
+
+def soft(s_BK: torch.Tensor, *strengths: float, ranks: list[int] | None = None, **variant) -> torch.Tensor:
+    ranks_BK = None if ranks is None else torch.tensor([ranks])
+    return preference_loss(s_BK, full(s_BK), ranks_BK, row(*strengths), loss="soft_plackett_luce", **variant)
+
+
+@given(st.floats(-20, 20), st.floats(-15, 15), st.floats(-5, 5))
+def test_a_soft_label_of_a_pair_is_the_cross_entropy_of_its_probability(h, gap, constant):
+    """−p log σ(h) − (1 − p) log σ(−h), p = σ(difference of strengths), whatever is added to both strengths."""
+    p, h_ = 1 / (1 + math.exp(-gap)), torch.tensor(h, dtype=torch.float64)
+    closed = -p * F.logsigmoid(h_) - (1 - p) * F.logsigmoid(-h_)
+    assert soft(row(h, 0.0), gap + constant, constant).item() == pytest.approx(closed.item(), rel=1e-11, abs=1e-11)
+
+
+@given(st.floats(-20, 20), st.floats(0.01, 0.5))
+def test_a_soft_label_that_is_wrong_with_probability_epsilon_is_label_smoothing(h, epsilon):
+    """So one p for all rows is conservative DPO with ε = 1 − p."""
+    value = soft(row(h, 0.0), math.log((1 - epsilon) / epsilon), 0.0)
+    smoothed = preference_loss(row(h, 0.0), full(row(h, 0.0)), label_smoothing=epsilon)
+    assert value.item() == pytest.approx(smoothed.item(), rel=1e-11, abs=1e-11)
+
+
+def choices(values: tuple[float, ...], strengths: tuple[float, ...]) -> float:
+    """Soft Plackett-Luce by its definition: at each choice the judge's distribution over those left, and ours."""
+    total = 0.0
+    for k in range(len(values)):
+        q, p = (torch.tensor(v[k:], dtype=torch.float64) for v in (strengths, values))
+        total -= float((q.softmax(0) * p.log_softmax(0)).sum())
+    return total
+
+
+@pytest.mark.parametrize(
+    "values, strengths, loss, gradient",
+    [
+        (
+            (0.3, 0.1, -0.2),
+            (1.0, 0.0, -1.0),
+            1.6149379693441313,
+            (-0.25291427019524354, -0.06375999507442712, 0.3166742652696707),
+        ),
+        (
+            (1.0, 0.5, -0.5, -1.0),
+            (0.4, 0.3, 0.1, -0.8),
+            3.106079395074283,
+            (0.16956144174028306, 0.16537689350819557, -0.37562857199689814, 0.04069023674841953),
+        ),
+    ],
+)
+def test_soft_labels_have_their_golden_values_and_gradients(values, strengths, loss, gradient):
+    """Computed with 50 digits from the definition. ∂L/∂s_i = Σ_{k≤i} softmax(s_k…s_K)_i − softmax(t_k…t_K)_i."""
+    s = row(*values, grad=True)
+    value = soft(s, *strengths)
+    value.backward()
+    assert value.item() == pytest.approx(loss, abs=1e-14) and choices(values, strengths) == pytest.approx(loss)
+    assert s.grad[0].tolist() == pytest.approx(gradient, abs=1e-14)
+    closed = torch.zeros(len(values), dtype=torch.float64)
+    for k in range(len(values)):
+        ours, judges = (torch.tensor(v[k:], dtype=torch.float64).softmax(0) for v in (values, strengths))
+        closed[k:] += ours - judges
+    assert s.grad[0].tolist() == pytest.approx(closed.tolist(), abs=1e-14)
+
+
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=6), st.floats(-100, 100))
+def test_the_gradient_of_soft_labels_vanishes_at_the_judges_strengths_and_nowhere_else(strengths, constant):
+    strengths = sorted(strengths, reverse=True)
+    s = row(*(t + constant for t in strengths), grad=True)
+    soft(s, *strengths).backward()
+    assert s.grad[0].tolist() == pytest.approx([0.0] * len(strengths), abs=1e-12)
+    for k in range(len(strengths)):
+        moved = torch.zeros(1, len(strengths), dtype=torch.float64)
+        moved[0, k] = 0.5
+        assert soft(s.detach() + moved, *strengths) > soft(s.detach(), *strengths)
+
+
+@given(rewards, st.sampled_from([None, "top", "bottom"]))
+def test_hard_labels_are_the_limit_of_certain_strengths(values, tie):
+    """Ties too: tied answers are compared with later ones only, by soft labels as by hard ones."""
+    count = len(values)
+    ranks = {None: list(range(count)), "top": [0, 0, *range(2, count)], "bottom": [*range(count - 1), count - 2]}[tie]
+    hard = plackett_luce(row(*values), full(row(*values)), torch.tensor([ranks]))
+    near, certain = (soft(row(*values), *(-size * rank for rank in ranks), ranks=ranks) for size in (40.0, 1e4))
+    assert near.item() == pytest.approx(hard.item(), rel=1e-12, abs=1e-9)
+    assert torch.equal(certain, hard)
+
+
+def test_equal_strengths_ask_for_equal_rewards():
+    """Every choice is among equals: the least loss is log K! at equal rewards, and soft labels start there."""
+    assert soft(row(0.0, 0.0, 0.0), 0.0, 0.0, 0.0).item() == pytest.approx(math.log(6), abs=1e-14)
+    assert soft(row(0.0, 0.0, 0.0), 3.0, 1.0, -1.0).item() == pytest.approx(math.log(6), abs=1e-14)
+    assert soft(row(1.0, 0.0, 0.0), 0.0, 0.0, 0.0).item() > math.log(6)
+
+
+def test_softly_tied_answers_are_exchangeable():
+    """Answers 2 and 3 tie at strengths 0.31 and 0.29; which of them comes first is of no account."""
+    a = soft(row(0.4, -0.3, 1.2, 0.1), 1.0, 0.31, 0.29, -1.6, ranks=[0, 1, 1, 3])
+    b = soft(row(0.4, 1.2, -0.3, 0.1), 1.0, 0.29, 0.31, -1.6, ranks=[0, 1, 1, 3])
+    assert a.item() == pytest.approx(b.item(), abs=1e-14)
+
+
+def test_all_tied_teaches_nothing_softly_either():
+    s = row(0.4, -0.3, 1.2, grad=True)
+    value = soft(s, 0.02, 0.0, -0.02, ranks=[0, 0, 0])
+    value.backward()
+    assert value.item() == 0 and (s.grad == 0).all()
+
+
+def test_soft_labels_smoothed_are_the_mixture_with_the_inverted_judge():
+    values, strengths = (0.3, -1.0, 0.8), (0.9, 0.2, -1.1)
+    value = soft(row(*values), *strengths, label_smoothing=0.1).item()
+    turned = choices(values[::-1], tuple(-t for t in strengths[::-1]))
+    assert value == pytest.approx(0.9 * choices(values, strengths) + 0.1 * turned, abs=1e-13)
+    p = 0.9 / (1 + math.exp(-1.3)) + 0.1 / (1 + math.exp(1.3))  # of a pair: with the smoothed probability
+    of_pair = soft(row(0.6, 0.0), 1.3, 0.0, label_smoothing=0.1).item()
+    assert of_pair == pytest.approx(soft(row(0.6, 0.0), math.log(p / (1 - p)), 0.0).item(), abs=1e-14)
+
+
+def test_soft_labels_without_strengths_are_refused():
+    with pytest.raises(ValueError, match="need the judge's strengths"):
+        preference_loss(row(0.3, 0.1), full(row(0.3, 0.1)), loss="soft_plackett_luce")
+
+
+@pytest.mark.parametrize("loss", ["plackett_luce", "ipo"])
+def test_hard_labels_do_not_look_at_strengths(loss):
+    s = row(0.4, -0.3, 1.2)
+    assert torch.equal(
+        preference_loss(s, full(s), None, row(9.0, 5.0, 1.0), loss=loss), preference_loss(s, full(s), loss=loss)
+    )
+
+
+@pytest.mark.parametrize("values", [(1e4, 5e3, -5e3, -1e4), (-1e4, -5e3, 5e3, 1e4)])
+def test_soft_labels_of_rewards_of_ten_thousand_stay_finite(values):
+    s = torch.tensor([values], requires_grad=True)
+    loss = preference_loss(s, full(s), None, torch.tensor([[900.0, 1.0, 0.0, -901.0]]), loss="soft_plackett_luce")
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(s.grad).all()
+
+
+# IPO, length, SFT
 
 
 def test_ipo_of_a_pair_is_its_squared_distance_from_the_target():

@@ -1,5 +1,8 @@
 """One step on the same batch as TRL's DPOTrainer and as the paper's code: same tokens, same loss, same gradients."""
 
+import json
+import math
+
 import pytest
 import torch
 from test_rendering import CHATML, chat, tokenizer
@@ -8,8 +11,10 @@ from torch.nn import functional as F
 
 from rankwise.learners import PreferenceLearner, PreferenceSettings
 from rankwise.rendering import Renderer
+from rankwise.rows import write_rows
 from rankwise.scoring import LogpModel
 from rankwise.types import Answer, Row, text_prompt
+from tasks.export_preferences import export
 
 BETA = 0.1
 # No answer is merged into its prompt: there TRL gives up the prompt's end, and we keep it (test_rendering).
@@ -22,20 +27,21 @@ PAIRS = [
 LOSS, GRADIENT = 1.4e-6, 2.3e-6  # what TRL and the paper's code differ by themselves, relative
 
 
+STRENGTH = math.log(0.8 / 0.2) / 2  # of the better answer; the other's is minus that: right with probability 0.8
+
+
+def two(better: str, worse: str) -> tuple[Answer, Answer]:
+    return Answer(text=better, rank=0, strength=STRENGTH), Answer(text=worse, rank=1, strength=-STRENGTH)
+
+
 def texts() -> tuple[list[Row], list[dict]]:
-    rows = [
-        Row(id=f"{i}", prompt=text_prompt(p), answers=(Answer(text=w, rank=0), Answer(text=b, rank=1)))
-        for i, (p, w, b) in enumerate(PAIRS)
-    ]
+    rows = [Row(id=f"{i}", prompt=text_prompt(p), answers=two(w, b)) for i, (p, w, b) in enumerate(PAIRS)]
     return rows, [{"prompt": p, "chosen": w, "rejected": b} for p, w, b in PAIRS]
 
 
 def chats() -> tuple[list[Row], list[dict]]:
     turn = lambda role, content: [{"role": role, "content": content}]
-    rows = [
-        Row(id=f"{i}", prompt=chat(("user", p)), answers=(Answer(text=w, rank=0), Answer(text=b, rank=1)))
-        for i, (p, w, b) in enumerate(PAIRS)
-    ]
+    rows = [Row(id=f"{i}", prompt=chat(("user", p)), answers=two(w, b)) for i, (p, w, b) in enumerate(PAIRS)]
     records = [
         {"prompt": turn("user", p), "chosen": turn("assistant", w), "rejected": turn("assistant", b)}
         for p, w, b in PAIRS
@@ -52,14 +58,14 @@ def models(made):
     return tiny(seed=1, **settings), tiny(seed=2, **settings)
 
 
-def ours(rows, made, policy, reference):
+def ours(rows, made, policy, reference, loss="plackett_luce"):
     """Loss, gradients and accuracy, the reference's numbers computed once and given."""
     rendered = [Renderer(made).render(row) for row in rows]
     module, frozen = LogpModel(policy), LogpModel(reference)
     with torch.no_grad():
         batch = frozen.batch(rendered, 0)
         known = {row.id: logps for row, logps in zip(rendered, batch.by_prompt(frozen(batch).sum_A).tolist())}
-    learner = PreferenceLearner(module, 0, known, PreferenceSettings(beta=BETA))
+    learner = PreferenceLearner(module, 0, known, PreferenceSettings(beta=BETA, loss=loss))
     batch = learner.collate(rendered)
     result = learner.losses(module(batch), batch)
     policy.zero_grad()
@@ -111,6 +117,26 @@ def test_a_step_of_dpo_is_that_of_trl(form, trainer):
     assert (gradient - expected).norm() <= GRADIENT * expected.norm()
     assert abs(value.item() - 0.693147) > 1e-3  # policy and reference differ, so this is no empty case
     assert accuracy == pytest.approx(sum(theirs._metrics["train"]["rewards/accuracies"]))
+
+
+@pytest.mark.parametrize("form", [texts, chats])
+def test_soft_labels_are_a_step_of_trl_on_exported_labels_that_are_right_four_times_in_five(form, trainer, tmp_path):
+    """p = 0.8: the mean of −log σ over each pair four times as exported and once the other way round."""
+    rows, records = form()
+    write_rows(tmp_path / "preferences.parquet", rows)
+    export(tmp_path / "preferences.parquet", tmp_path / "pairs.jsonl", format="pairs", split="train")
+    exported = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert [{name: record[name] for name in ("prompt", "chosen", "rejected")} for record in exported] == records
+    turned = [record | {"chosen": record["rejected"], "rejected": record["chosen"]} for record in exported]
+    made = tokenizer(bos=True, template=CHATML if form is chats else None)
+    policy, reference = models(made)
+    _, loss, gradient, _ = ours(rows, made, policy, reference, loss="soft_plackett_luce")
+    theirs = trainer([*exported * 4, *turned], made, policy, reference)
+    policy.train().zero_grad()
+    value = theirs.compute_loss(policy, next(iter(theirs.get_train_dataloader())))
+    value.backward()
+    assert abs(loss - value.item()) <= LOSS * value.item()
+    assert (gradient - flat(policy)).norm() <= GRADIENT * flat(policy).norm()
 
 
 def test_a_step_of_dpo_is_that_of_the_papers_code():

@@ -51,7 +51,7 @@ TEACHER = vars(TeacherParams()) | {"max_new_tokens": 12}
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
-        *("rankwise.training", "rankwise.rollouts", "rankwise.judging", "rankwise.reference", "tasks.plots"),
+        *("rankwise.training", "rankwise.rollouts", "rankwise.judges", "rankwise.reference", "tasks.plots"),
         *("transformers.models.llama.modeling_llama", "matplotlib.backends.backend_agg", "matplotlib.figure"),
         *(f"tasks.{stage}" for stage in STAGES),
         *("tasks.recipe", "pytest", "pyarrow.dataset", "matplotlib.font_manager"),

@@ -1,0 +1,167 @@
+"""What a judge is asked and what it says, and the table of it: data/verdicts.parquet, one row a reply.
+
+A question shows one answer (a score is wanted), two (which is better) or more (which order). The table keeps what was
+said beside what was read from it, so that every label can be traced to the words that it comes from. Nothing in it
+differs from run to run: no seconds, and of answers shown again (copies of a row) only the first carries their tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from rankwise.rows import read_table, write_table
+from rankwise.types import Message, UserError
+
+LOG3 = math.log(3)  # log-odds of one verdict without probabilities: Anscombe's empirical logit, log((1 + ½) / (0 + ½))
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # what answers are called, in the order shown
+SCHEMA = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("judge", pa.string()),
+        ("shown", pa.list_(pa.int32())),  # places in the row, in the order shown
+        ("sample", pa.int32()),
+        ("attempts", pa.int32()),
+        ("values", pa.list_(pa.float64())),  # null: no valid reply
+        ("mass", pa.float64()),
+        ("said", pa.string()),
+        ("reason", pa.string()),
+        ("raw", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("completion_tokens", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One thing asked of a judge. One answer: a score is wanted; two: which is better; more: which order."""
+
+    row_id: str
+    prompt: tuple[Message, ...]
+    answers: tuple[str, ...]  # texts, in the order shown
+    places: tuple[int, ...]  # their places in the row, in the order shown
+    sample: int = 0  # number of the draw, where a judge is asked the same several times (temperature > 0)
+    attempt: int = 0  # above 0: asked again because earlier replies made no sense
+
+    @property
+    def letters(self) -> str:
+        """What the answers are called, in the order shown: "AB", "ABCDE"; UserError for more than the alphabet has."""
+        if len(self.answers) > len(LETTERS):
+            raise UserError(
+                f"row {self.row_id!r} has {len(self.answers)} answers with different texts, and a list that a judge is "
+                f"shown can have {len(LETTERS)}; give it fewer (rollouts.k)"
+            )
+        return LETTERS[: len(self.answers)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a judge said to a question, read from its raw reply; the raw one is kept beside it."""
+
+    question: Question  # as last asked
+    values: tuple[float, ...] | None  # nats, one an answer shown; None: no attempt gave a valid reply
+    # One answer: (score,). Two: log-odds that the first is better = values[0] - values[1]. More: log-worths.
+    # A verdict without probabilities: see values_of.
+    mass: float = 1.0  # probability of the verdict tokens together, where there are any
+    said: str = ""  # the verdict as the judge put it: "A", "B", "tie", "C > A = B"; "" for scores
+    reason: str = ""  # the judge's own reason; of an invalid reply: why it could not be read
+    raw: str = ""  # the reply itself (JSON or text), unread
+    prompt_tokens: int = 0
+    completion_tokens: int = 0  # of all attempts together
+    controls: int = 0  # control tokens found in what was shown, and written so that they are none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A row of the table: a reply without the texts that it is about."""
+
+    row_id: str
+    judge: str  # its name; unique within a panel
+    shown: tuple[int, ...]  # places in the row, in the order shown
+    sample: int
+    attempts: int  # times the question was asked
+    values: tuple[float, ...] | None  # as in Reply
+    mass: float
+    said: str
+    reason: str
+    raw: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def values_of(said: str, letters: str) -> tuple[float, ...]:
+    """Log-worths, nats, of a verdict without probabilities: each place above the last is worth LOG3, a tie nothing.
+
+    Args:
+        said: "A", "B", "tie" of two answers; "C > A = B" of any number, each letter once.
+        letters: what the answers are called, in the order shown.
+
+    Raises ValueError where said is no such verdict.
+    """
+    if said == "tie":
+        return (0.0,) * len(letters)
+    if len(letters) == 2 and said in tuple(letters):
+        return tuple(LOG3 * (letter == said) for letter in letters)
+    groups = [part.split(" = ") for part in said.split(" > ")]
+    if sorted(letter for group in groups for letter in group) != sorted(letters):
+        raise ValueError(f"{said!r} is no verdict on {letters}")
+    worth = {letter: LOG3 * (len(groups) - 1 - n) for n, group in enumerate(groups) for letter in group}
+    return tuple(worth[letter] for letter in letters)
+
+
+def said_of(values: Sequence[float], letters: str) -> str:
+    """The verdict that log-worths amount to, in the words of Reply.said: "A", "B", "tie", "C > A = B"."""
+    groups: dict[float, list[str]] = {}
+    for value, letter in sorted(zip(values, letters), key=lambda pair: (-pair[0], pair[1])):
+        groups.setdefault(value, []).append(letter)
+    if len(letters) > 2:
+        return " > ".join(" = ".join(group) for group in groups.values())
+    return "tie" if len(groups) == 1 else next(iter(groups.values()))[0]
+
+
+def verdict_of(judge: str, reply: Reply) -> Verdict:
+    """A judge's reply as a row of the table."""
+    question = reply.question
+    return Verdict(
+        row_id=question.row_id,
+        judge=judge,
+        shown=question.places,
+        sample=question.sample,
+        attempts=question.attempt + 1,
+        values=reply.values,
+        mass=reply.mass,
+        said=reply.said,
+        reason=reply.reason,
+        raw=reply.raw,
+        prompt_tokens=reply.prompt_tokens,
+        completion_tokens=reply.completion_tokens,
+    )
+
+
+def write_verdicts(path: Path, replies: Iterable[tuple[str, Reply]]) -> int:
+    """Write (judge's name, reply) pairs as one table, sorted by row id, else in the order given; returns how many."""
+    ordered = sorted(replies, key=lambda pair: pair[1].question.row_id)
+    records = [asdict(verdict_of(judge, reply)) for judge, reply in ordered]
+    write_table(path, pa.Table.from_pylist(records, schema=SCHEMA))
+    return len(ordered)
+
+
+def read_verdicts(path: Path) -> dict[str, list[Verdict]]:
+    """The verdicts on each row, by row id; raises UserError where the file is missing or is no such table."""
+    table = read_table(path)
+    if missing := [name for name in SCHEMA.names if name not in table.column_names]:
+        raise UserError(
+            f"{path}: columns {missing} are missing (found {table.column_names}); this is no table of verdicts: "
+            "rebuild it with the stage verdicts"
+        )
+    found: dict[str, list[Verdict]] = {}
+    for record in table.select(SCHEMA.names).to_pylist():
+        values = None if record["values"] is None else tuple(record["values"])
+        verdict = Verdict(**{**record, "shown": tuple(record["shown"]), "values": values})
+        found.setdefault(verdict.row_id, []).append(verdict)
+    return found
