@@ -333,7 +333,8 @@ def _stop(
         raise UserError(
             "\n  ".join(
                 [
-                    f"audit_judge: {len(failed)} gates fail, so nothing is trained on these labels",
+                    f"audit_judge: {len(failed)} gate{' fails' if len(failed) == 1 else 's fail'}, so nothing is trained on "
+                    "these labels",
                     *(f"{name}: {said(measure, limits[measure.name])}" for name, measure in failed),
                     f"report: {paths.report / 'audit.html'}; limits: audit_judge.gates (null: report only)",
                 ]

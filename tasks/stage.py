@@ -187,9 +187,7 @@ def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any
     return 0
 
 
-def _run_tracked(
-    name: str, params: Any, paths: Any, run: Callable[[Any, Any, Stage], None], params_file: Path
-) -> None:
+def _run_tracked(name: str, params: Any, paths: Any, run: Callable[[Any, Any, Stage], None], params_file: Path) -> None:
     began = time.monotonic()
     with tracking.stage_run(name, asdict(params)) as tracker:
         stage = Stage(name, tracker=tracker, report=getattr(paths, "report", None), params_file=params_file)

@@ -201,7 +201,7 @@ def test_a_sound_judge_passes_what_it_is_held_to(audited):
     ],
 )
 def test_a_fault_fails_its_gate_after_the_report_is_written(audited, tmp_path, function, gate, limit):
-    with pytest.raises(UserError, match=rf"1 gates fail[\s\S]*audit_judges:{function}: {gate}") as told:
+    with pytest.raises(UserError, match=rf"1 gate fails[\s\S]*audit_judges:{function}: {gate}") as told:
         audited(function, gates={gate: limit}, probes=16)
     assert KINDS[gate].mend in str(told.value) and "audit.html" in str(told.value)
     metrics, page, html = read(tmp_path / "report")

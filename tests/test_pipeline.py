@@ -206,7 +206,7 @@ def small_commits() -> None:
     import rankwise.reference
     import rankwise.rollouts
 
-    rankwise.judging.COMMIT_REPLIES = 16
+    rankwise.judging.COMMIT_REPLIES, rankwise.judging.COMMIT_S = 16, 1e9
     rankwise.reference.COMMIT_ROWS = 4
     rankwise.rollouts.COMMIT_ROWS, rankwise.rollouts.COMMIT_S = 4, 1e9
 

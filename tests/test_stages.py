@@ -122,6 +122,7 @@ def test_what_outlives_a_run_can_live_elsewhere(project, tmp_path):
 
 OPTIONS = {  # parameters, and the stages that run under them
     "ipo": ({"dpo": {"loss": "ipo"}}, ["dpo"]),
+    "soft labels": ({"dpo": {"loss": "soft_plackett_luce"}}, ["dpo"]),
     "label smoothing": ({"dpo": {"label_smoothing": 0.1}}, ["dpo"]),
     "plain sums": ({"dpo": {"length_normalised": False}}, ["dpo"]),
     "no checkpointing of gradients, small parts": ({"dpo": {"micro_batch_tokens": 1, "batch_size": 1}}, ["dpo"]),

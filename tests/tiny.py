@@ -38,6 +38,12 @@ TINY = {
     "sft": {"epochs": 1, "held_out": 16, "learning_rate": 0.01, "max_answer_tokens": 64},
     "reward_model": {"epochs": 2, "batch_size": 6, "learning_rate": 0.005},
     "rollouts": {"max_new_tokens": 12, "max_cut_share": 1.0, "batch_sequences": 16},
+    # A judge that has learnt nothing would rightly stop the run.
+    "audit_judge": {
+        "probes": 2,
+        "labelled": 4,
+        "gates": dict.fromkeys(("agreement", "prefers_longer", "padding", "null_wins")),
+    },
     "preferences": {"tie_below": 0.0, "held_out_share": 0.25},
     "reference_logprobs": {"max_tokens": 256},
     "dpo": {"batch_size": 4},
