@@ -16,7 +16,9 @@ from tasks.stage import Stage, main
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
-    judge: JudgeParams = param(JudgeParams, "who ranks the answers")
+    judge: JudgeParams | None = param(
+        JudgeParams, "who ranks the answers; null: nobody is asked, preferences.order ranks them"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
 
     rows = read_rows(paths.rollouts)
     replies, asked = [], 0
-    if rows:
+    if rows and params.judge is not None:
         judge = make_judge(params.judge, trained=paths.reward_model, source=paths.source, where="verdicts.judge")
         with Store(stage.store("verdicts")) as store:
             replies, asked = judge_rows(judge, rows, store)

@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import unrolled
 import yaml
 
 from tasks import parameters, recipe
@@ -104,7 +105,7 @@ def laws() -> frozenset[str]:
 
 
 def stages() -> dict[str, dict]:
-    return yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return unrolled.one_round()
 
 
 def reads(stage: dict) -> set[str]:
@@ -217,7 +218,7 @@ def test_every_file_named_is_there_or_is_made_by_a_stage(page):
 @pages
 def test_every_parameter_named_exists(page):
     known = parameter_names(yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")))
-    sections = "|".join(recipe.STAGES)
+    sections = "|".join(recipe.SECTIONS)
     named = {span for span in spans(page) if re.fullmatch(rf"(?:{sections})(?:\.[a-z_0-9]+)+", span)}
     named |= {name for line in commands(page) for name in re.findall(r"-S ([a-z_.]+)=", line)}
     assert named <= known
