@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from rankwise.types import UserError
-from tasks import params, recipe
+from tasks import params, recipe, rounds
 from tasks.recipe import STAGES
 from tasks.rollouts import TeacherParams
 
@@ -71,7 +71,10 @@ def test_every_recipe_fits_the_stages(project, path):
     overlay = yaml.safe_load(path.read_text())
     read = yaml.safe_load(Path("params.yaml").read_text())
     for section, values in overlay.items():
-        params.load(Path("params.yaml"), section, params_type(section))
+        if section == "rounds":
+            rounds.check(read, "params.yaml")
+        else:
+            params.load(Path("params.yaml"), section, params_type(section))
         for key, value in values.items():
             assert read[section][key] == value or read[section][key].items() >= value.items()
     assert str(path.relative_to(ROOT)) in path.read_text(), "its head says how to use it"
