@@ -84,7 +84,7 @@ def test_every_recipe_fits_the_stages(project, path):
 def test_what_a_recipe_names_is_there(path):
     """Judge functions and rubrics; data and models are the user's to give (--data)."""
     read = yaml.safe_load(recipe.render(yaml.safe_load(path.read_text())))
-    for judge in (read["verdicts"]["judge"], read["evaluate"]["judge"], read["evaluate"]["gold"] or {}):
+    for judge in (read["verdicts"]["judge"] or {}, read["evaluate"]["judge"], read["evaluate"]["gold"] or {}):
         if judge.get("kind") == "callable":
             module, _, name = judge["function"].partition(":")
             assert callable(getattr(importlib.import_module(module), name))

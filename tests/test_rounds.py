@@ -54,11 +54,19 @@ def written(stage: dict) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def spin(before_rounds, tmp_path_factory) -> tiny.Project:
-    """Two rounds of SPIN. Copy it, do not change it."""
-    project = before_rounds.copy(tmp_path_factory.mktemp("spin") / "project")
+def one_of_two(before_rounds, tmp_path_factory) -> tiny.Project:
+    """SPIN after the first of two rounds. Copy it, do not change it."""
+    project = before_rounds.copy(tmp_path_factory.mktemp("one") / "project")
     project.apply(shortened("spin"))
-    project.run_rounds()
+    project.run_rounds(last="evaluate@1")
+    return project
+
+
+@pytest.fixture(scope="module")
+def spin(one_of_two, tmp_path_factory) -> tiny.Project:
+    """Two rounds of SPIN. Copy it, do not change it."""
+    project = one_of_two.copy(tmp_path_factory.mktemp("spin") / "project")
+    project.run_rounds(first="rollouts@2")
     return project
 
 
@@ -370,24 +378,13 @@ KILLED = {
 
 
 @pytest.mark.parametrize("stage", KILLED)
-def test_killed_in_round_two_and_continued_it_ends_as_if_undisturbed(spin, tmp_path, stage):
-    project = spin.copy(tmp_path / "copy")
-    later = project.round_stages()[project.round_stages().index(stage) :]
-    for path in (
-        path
-        for one in later
-        for path in written(unrolled.stages(yaml.safe_load((project.root / "params.yaml").read_text()))[one])
-    ):
-        whole = project.root / path
-        shutil.rmtree(whole) if whole.is_dir() else whole.unlink(missing_ok=True)
-    shutil.rmtree(project.root / ".rankwise/stores")
+def test_killed_in_round_two_and_continued_it_ends_as_if_undisturbed(one_of_two, spin, tmp_path, stage):
+    project = one_of_two.copy(tmp_path / "copy")
+    for earlier in project.round_stages(first="rollouts@2", last=stage)[:-1]:
+        assert project.run(earlier).status == 0
     assert project.run(stage, before=KILLED[stage]).status == -signal.SIGKILL
-    told = project.run(stage)
-    assert told.status == 0
-    if stage == "dpo@2":
-        assert "continuing from step" in told.out
-    for one in later[1:]:
-        assert project.run(one).status == 0
+    told = project.run_rounds(first=stage)
+    assert stage != "dpo@2" or "continuing from step" in told[stage].out
     assert project.tree() == spin.tree()
 
 

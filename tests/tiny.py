@@ -113,16 +113,16 @@ class Project:
         """Write params.yaml anew: tiny, with a recipe over it."""
         (self.root / "params.yaml").write_text(render(over(TINY, recipe)))
 
-    def round_stages(self, *, last: str | None = None) -> list[str]:
-        """Addresses of the stages that follow the reward model, up to one of them, as DVC may order them."""
+    def round_stages(self, *, first: str = "rollouts@1", last: str = "register") -> list[str]:
+        """Addresses of the stages that follow the reward model, from one to another, as DVC may order them."""
         params = yaml.safe_load((self.root / "params.yaml").read_text())
         every = [f"{stage}@{number}" for number in params["rounds"]["each"] for stage in rounds.STAGES] + ["register"]
-        return every[: every.index(last) + 1] if last else every
+        return every[every.index(first) : every.index(last) + 1]
 
-    def run_rounds(self, *, last: str | None = None) -> dict[str, Said]:
-        """The stages that follow the reward model, in order; all must succeed."""
+    def run_rounds(self, *, first: str = "rollouts@1", last: str = "register") -> dict[str, Said]:
+        """The stages that follow the reward model, from one to another; all must succeed."""
         told = {}
-        for address in self.round_stages(last=last):
+        for address in self.round_stages(first=first, last=last):
             told[address] = self.run(address)
             assert told[address].status == 0, f"{address}: {told[address].out}\n{told[address].err}"
         return told
