@@ -200,7 +200,8 @@ def test_every_test_named_exists(page):
 
 @pages
 def test_every_file_named_is_there_or_is_made_by_a_stage(page):
-    made = {out for stage in stages().values() for out in writes(stage)}
+    two_rounds = unrolled.stages(yaml.safe_load(recipe.render({"rounds": {"count": 2}})))
+    made = {out for stage in two_rounds.values() for out in writes(stage)}
     missing = []
     for span in spans(page):
         if not re.fullmatch(r"[\w.\-]+(/[\w.\-]*)+|[\w\-]+\.(?:ya?ml|py|md|toml|txt)", span) or "NAME" in span:

@@ -391,7 +391,7 @@ def test_killed_in_round_two_and_continued_it_ends_as_if_undisturbed(one_of_two,
 # Through DVC and the flow
 
 
-def test_dvc_reads_rounds_as_these_tests_do(tmp_path):
+def test_dvc_reads_rounds_as_these_tests_do(tmp_path, monkeypatch):
     """tests/unrolled.py fills in what DVC does."""
     from test_dvc_yaml import declared
 
@@ -401,6 +401,7 @@ def test_dvc_reads_rounds_as_these_tests_do(tmp_path):
     (tmp_path / "params.yaml").write_text(params)
     subprocess.run(["git", "init", "-q", "."], cwd=tmp_path, check=True)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)  # DVC names stages as seen from here
     read = {stage.name: stage for stage in declared(tmp_path)}
     filled = unrolled.stages(yaml.safe_load(params))
     assert read.keys() == filled.keys()
