@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rankwise.fingerprint import file_digest, tokenizer_digest, weights_digest
-from rankwise.rows import read_rows, read_table
+from rankwise.rows import read_rows, read_table, write_json
 from rankwise.types import UserError
 from tasks.params import param
 from tasks.stage import Stage, is_first_rank, main
@@ -87,7 +87,14 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     save_trained(learner.module.model, tokenizer, paths.policy)
     last = last_epoch(stage.curves)
     stage.tracker.dataset(paths.preferences, "preferences")
-    stage.tracker.tags({"reference_weights": identity["reference"]})
+    if is_first_rank():
+        weights = {
+            "reference": identity["reference"],
+            "start": identity["start"],
+            "policy": weights_digest(paths.policy),
+        }
+        write_json(stage.report / "weights.json", weights)
+        stage.tracker.tags({f"{model}_weights": digest for model, digest in weights.items()})
     training_curves(stage.curves, stage.plots / "curves.png", start_loss=start["expected"])
     stage.finish(
         {
@@ -96,9 +103,6 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
             "beta": params.beta,
             "start_loss": start["loss"],
             "start_loss_expected": start["expected"],
-            "reference_weights": identity["reference"],
-            "start_weights": identity["start"],
-            "policy_weights": weights_digest(paths.policy) if is_first_rank() else "",
             **{
                 name: last[name]
                 for name in ("loss", "margin", "accuracy", "chosen_logp_change", "rejected_logp_change")

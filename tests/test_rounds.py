@@ -207,6 +207,10 @@ def test_a_source_that_the_order_lacks_is_named():
 # SPIN
 
 
+def recorded(project: tiny.Project, number: int) -> dict[str, str]:
+    return json.loads((project.root / f"reports/dpo{rounds.ending(number)}/weights.json").read_text())
+
+
 def table(project: tiny.Project, name: str, number: int) -> list[Row]:
     return read_rows(project.root / f"data/{name}{rounds.ending(number)}.parquet")
 
@@ -237,10 +241,13 @@ def test_the_reference_of_a_round_is_the_policy_of_the_one_before(spin):
     assert len(set(weights.values())) == 3
     for number, held_to, made in ((1, "sft", "policy"), (2, "policy", "policy-2")):
         meta = read_table(spin.root / f"data/reference_logprobs{rounds.ending(number)}.parquet").schema.metadata
-        metrics = spin.metrics(f"dpo@{number}")
-        assert meta[b"reference"].decode() == metrics["reference_weights"] == weights[held_to]
-        assert metrics["start_weights"] == weights[held_to] and metrics["policy_weights"] == weights[made]
-        assert metrics["start_loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert meta[b"reference"].decode() == weights[held_to]
+        assert recorded(spin, number) == {
+            "reference": weights[held_to],
+            "start": weights[held_to],
+            "policy": weights[made],
+        }
+        assert spin.metrics(f"dpo@{number}")["start_loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_a_round_of_rows_may_join_the_next_once(spin, tmp_path):
@@ -330,9 +337,11 @@ def test_the_first_of_several_rounds_is_the_only_round_of_the_default(iterated, 
 
 def test_a_policy_may_start_from_the_last_one_and_be_held_to_the_sft_model(iterated):
     sft, first = (weights_digest(iterated.root / "models" / name) for name in ("sft", "policy"))
-    second = iterated.metrics("dpo@2")
-    assert (second["reference_weights"], second["start_weights"]) == (sft, first)
-    assert second["start_loss"] == pytest.approx(math.log(24), abs=1e-5), "the check is the reference's"
+    second = recorded(iterated, 2)
+    assert (second["reference"], second["start"]) == (sft, first)
+    assert iterated.metrics("dpo@2")["start_loss"] == pytest.approx(math.log(24), abs=1e-5), (
+        "the check is the reference's"
+    )
 
 
 def test_new_answers_are_judged_anew(iterated):
