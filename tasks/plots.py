@@ -177,7 +177,7 @@ def rounds(
     with _figure(path, title, columns=3 if judged else 2, height=3.6) as axes:
         *first, kl, length = axes
         for axis in first:
-            for name, label, colour in (("judge", "training judge", ORANGE), ("gold", "gold", BLUE)):
+            for name, label, colour in (("judge", "judge", ORANGE), ("gold", "gold", BLUE)):
                 points = {int(n): one["win_rate"][name] for n, one in found.items() if name in one.get("win_rate", {})}
                 if points:
                     _interval_line(axis, points, colour, label)
