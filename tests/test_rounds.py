@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,8 @@ METHODS = {
 
 
 def shortened(name: str, **more) -> dict:
-    """A shipped recipe with two rounds."""
-    return tiny.over(METHODS[name], {"rounds": {"count": 2}, **more})
+    """A shipped recipe with two rounds, and more changes over it."""
+    return tiny.over(tiny.over(METHODS[name], {"rounds": {"count": 2}}), more)
 
 
 @pytest.fixture(scope="module")
@@ -421,7 +422,7 @@ def test_dvc_reads_rounds_as_these_tests_do(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory) -> Repository:
+def clean(tmp_path_factory) -> Repository:
     """Two rounds of SPIN by `dvc repro`, committed."""
     made = Repository(tmp_path_factory.mktemp("repository") / "clone", shortened("spin"))
     made.command("dvc", "repro")
@@ -430,9 +431,12 @@ def repository(tmp_path_factory) -> Repository:
     return made
 
 
-def back(repository: Repository) -> None:
-    repository.command("git", "checkout", "-q", "--", ".")
-    repository.command("dvc", "checkout", "-q")
+@pytest.fixture
+def repository(clean) -> Iterator[Repository]:
+    """The same, and so again after the test."""
+    yield clean
+    clean.command("git", "checkout", "-q", "--", ".")
+    clean.command("dvc", "checkout", "-q")
 
 
 @pytest.mark.slow
@@ -440,14 +444,12 @@ def test_a_further_round_runs_it_alone(repository):
     repository.apply(shortened("spin", rounds={"count": 3}))
     ran = repository.ran(repository.command("dvc", "repro"))
     assert sorted(ran) == sorted([*(f"{stage}@3" for stage in rounds.STAGES), "register"])
-    back(repository)
 
 
 @pytest.mark.slow
 def test_a_parameter_of_round_two_reruns_from_there(repository):
     repository.apply(shortened("spin", rounds={"each": {"2": {"dpo": {"beta": 0.7}}}}))
     assert repository.ran(repository.command("dvc", "repro")) == ["dpo@2", "evaluate@2", "register"]
-    back(repository)
 
 
 @pytest.mark.slow
@@ -457,7 +459,6 @@ def test_a_count_changed_by_hand_stops_dvc_and_the_flow(repository):
     for words in (["dvc", "repro"], [sys.executable, "-m", "flows.align"]):
         done = subprocess.run(words, cwd=repository.root, env=repository.environment(), capture_output=True, text=True)
         assert done.returncode != 0 and "python -m tasks.recipe params.yaml" in done.stdout + done.stderr
-    back(repository)
 
 
 @pytest.mark.slow
