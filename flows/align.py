@@ -31,6 +31,8 @@ from prefect.states import Completed, Failed, State
 from flows import graph, keys, process, summary
 from flows.summary import Outcome
 from rankwise.types import UserError
+from tasks.params import read_yaml
+from tasks.rounds import check
 from tasks.tracking import home
 
 # Stages that ask services outside this machine, through code of the user's too: these are tried again whatever broke,
@@ -162,6 +164,8 @@ def prepare(
             link_sources([Path(path) for path in data])
         if recipe:
             apply(Path(recipe))
+    if (params := Path("params.yaml")).exists():
+        check(read_yaml(params), str(params))
     nodes = graph.plan(target)
     graph.check_known(force or [], nodes)
     return nodes

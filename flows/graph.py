@@ -116,7 +116,8 @@ class Reading:
             self._last = line.strip()
         if not line.strip() or line.startswith(_HINTS):
             return None
-        return line.removeprefix(f"[{self.stage}] ").removeprefix(f"{self.stage}: ")
+        name = self.stage.partition("@")[0]  # a stage's own lines do not say the round
+        return line.removeprefix(f"[{name}] ").removeprefix(f"{name}: ")
 
     def outcome(self, status: int, seconds: float) -> Outcome:
         """How it ended, given dvc's exit status."""

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from tasks.rounds import stage_files
 from tasks.tracking import home
 
 REPORTS = Path("reports")
@@ -64,7 +67,11 @@ def headline_markdown() -> str:
     if not rows:
         return ""
     cells = [f"| {name} | {policy} | {reference} |" for name, policy, reference in rows]
-    return "\n".join(["| result | policy | reference |", "|---|---:|---:|", *cells])
+    table = "\n".join(["| result | policy | reference |", "|---|---:|---:|", *cells])
+    if not (by_round := rounds()):
+        return table
+    lines = [f"| {' | '.join(row)} |" for row in by_round]
+    return "\n".join([table, "", lines[0], "|---|---:|---:|---:|---:|", *lines[1:]])
 
 
 def headline(report: dict[str, Any] | None = None) -> list[tuple[str, str, str]]:
@@ -72,7 +79,7 @@ def headline(report: dict[str, Any] | None = None) -> list[tuple[str, str, str]]
 
     A value with an interval is shown as `mean [low, high]`.
     """
-    report = metrics_of("evaluate") if report is None else report
+    report = metrics_of(last_round("evaluate")) if report is None else report
     wins = report.get("win_rate", {})
     both = ("policy", "reference")
     found = [
@@ -90,6 +97,23 @@ def headline(report: dict[str, Any] | None = None) -> list[tuple[str, str, str]]
         for name, policy, reference, percent in found
         if policy is not None or reference is not None
     ]
+
+
+def rounds(report: dict[str, Any] | None = None) -> list[list[str]]:
+    """A head and a row a round, of an evaluation report that has several; else empty."""
+    report = metrics_of(last_round("evaluate")) if report is None else report
+    found = report.get("rounds") or {}
+    rows = [
+        [
+            number,
+            interval(one.get("win_rate", {}).get("judge"), percent=True),
+            interval(one.get("win_rate", {}).get("gold"), percent=True),
+            interval(one.get("kl")),
+            interval(one.get("length")),
+        ]
+        for number, one in found.items()
+    ]
+    return [["round", "win rate (judge)", "win rate (gold)", "KL (nats)", "words"], *rows] if rows else []
 
 
 def interval(value: Any, percent: bool = False) -> str:
@@ -120,6 +144,11 @@ def show(outcomes: list[Outcome], *, prefect: str) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
+    if whole and (rows := rounds()):
+        table = Table(*rows[0], title="round by round; 0 is the reference", title_justify="left", title_style="bold")
+        for row in rows[1:]:
+            table.add_row(*row)
+        console.print(table)
     table = Table("stage", "state", title="stages", title_justify="left", title_style="bold")
     table.add_column("minutes", justify="right")
     table.add_column("")
@@ -138,7 +167,7 @@ def in_short(outcomes: list[Outcome]) -> str:
     for outcome in outcomes:
         if outcome.state == "failed":
             return f"{outcome.stage} failed"
-    wins = interval(metrics_of("evaluate").get("win_rate", {}).get("judge"), percent=True)
+    wins = interval(metrics_of(last_round("evaluate")).get("win_rate", {}).get("judge"), percent=True)
     evaluated = any(outcome.stage.partition("@")[0] == "evaluate" for outcome in outcomes)
     return f"win rate {wins}, {counts(outcomes)}" if wins and evaluated else counts(outcomes)
 
@@ -151,7 +180,16 @@ def counts(outcomes: Iterable[Outcome]) -> str:
 
 def metrics_of(stage: str) -> dict[str, Any]:
     """The metrics file of a stage, empty if there is none to read."""
-    return _read(REPORTS / stage.replace("@", "/") / "metrics.json")
+    return _read(REPORTS / stage_files(stage) / "metrics.json")
+
+
+def last_round(stage: str) -> str:
+    """A stage's address in the last round of params.yaml: "evaluate@3"; itself where there are no rounds."""
+    try:
+        rounds = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["rounds"]
+        return f"{stage}@{rounds['count']}"
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        return stage
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -177,7 +215,7 @@ def _places(outcomes: list[Outcome], prefect: str) -> list[tuple[str, str]]:
     if plots:
         more = f" and {len(plots) - 4} more under {REPORTS}/" if len(plots) > 4 else ""
         places.append(("plots", ", ".join(plots[:4]) + more))
-    policy = Path("models/policy")
+    policy = Path("models") / stage_files(last_round("policy"))
     if policy.exists():
         places.append(("model", f"{policy}/ (transformers.AutoModelForCausalLM.from_pretrained reads it)"))
     states = {outcome.state for outcome in outcomes}

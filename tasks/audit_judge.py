@@ -171,9 +171,9 @@ def _audits(tables: Tables, params: Params, paths: Paths, stage: Stage) -> dict[
 
 def _members(tables: Tables, params: Params, paths: Paths, stage: Stage) -> Iterator[Member]:
     """The judges of params.yaml, each made when its turn comes; none where nothing is to be asked."""
-    if not params.probes or not tables.rows:
-        return
     asked = stage.section("verdicts", verdicts.Params)
+    if not params.probes or not tables.rows or asked.judge is None:
+        return
     folders = {"trained": paths.reward_model, "source": paths.source}
     for member in make_panel(asked.judge, asked.panel, **folders, where="verdicts"):
         if tables.given and member.judge.name not in tables.given:
@@ -333,8 +333,7 @@ def _stop(
         raise UserError(
             "\n  ".join(
                 [
-                    f"audit_judge: {len(failed)} gate{' fails' if len(failed) == 1 else 's fail'}, so nothing is trained on "
-                    "these labels",
+                    f"audit_judge: {len(failed)} gate{' fails' if len(failed) == 1 else 's fail'}: train on no such labels",
                     *(f"{name}: {said(measure, limits[measure.name])}" for name, measure in failed),
                     f"report: {paths.report / 'audit.html'}; limits: audit_judge.gates (null: report only)",
                 ]

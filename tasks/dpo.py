@@ -1,6 +1,7 @@
 """Stage dpo: the policy learns the rankings against the stored reference (E6; K = 2 is DPO).
 
-It starts from the reference's own weights, so its loss starts at log K!; a run that does not is refused.
+A policy that equals its reference has the loss log K!: a run whose reference does not is refused. It starts from the
+reference's own weights, or in a later round from those that the round before ended with.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rankwise.fingerprint import file_digest, tokenizer_digest, weights_digest
-from rankwise.rows import read_rows, read_table
+from rankwise.rows import read_rows, read_table, write_json
 from rankwise.types import Row, UserError
 from tasks.params import param
-from tasks.stage import Stage, main
+from tasks.stage import Stage, is_first_rank, main
 from tasks.training import LoraParams, TrainingParams, drop_checkpoints, fit, last_epoch, save_trained, with_adapters
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Params(TrainingParams):
 class Paths:
     preferences: Path = Path("data/preferences.parquet")
     reference: Path = Path("data/reference_logprobs.parquet")
-    sft: Path = Path("models/sft")
+    model: Path = Path("models/sft")  # the reference
+    start: Path = Path("models/sft")  # whose weights the policy starts from
     policy: Path = Path("models/policy")
     report: Path = Path("reports/dpo")
 
@@ -58,30 +60,45 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     from rankwise.scoring import LogpModel
     from tasks.plots import training_curves
 
-    tokenizer = load_tokenizer(paths.sft)
+    tokenizer = load_tokenizer(paths.model)
     rows, held_out, references = _load(params, paths, tokenizer)
-    module = LogpModel(with_adapters(load_causal_lm(paths.sft), params.lora, seed=params.seed))
-    place(module, params.precision)
     settings = PreferenceSettings(
         beta=params.beta,
         loss=params.loss,
         label_smoothing=params.label_smoothing,
         length_normalised=params.length_normalised,
     )
-    learner = PreferenceLearner(module, 0, references, settings)
+
+    def learner_from(folder: Path) -> PreferenceLearner:
+        module = LogpModel(with_adapters(load_causal_lm(folder), params.lora, seed=params.seed))
+        return PreferenceLearner(place(module, params.precision), 0, references, settings)
+
+    learner = learner_from(paths.model)
     start = _check_start(learner, rows, params)
     stage.log(f"loss at the start {start['loss']:.6f}, expected {start['expected']:.6f} (log K! averaged over rows)")
     identity = {
-        "reference": weights_digest(paths.sft),
-        "tokenizer": tokenizer_digest(paths.sft),
+        "reference": weights_digest(paths.model),
+        "start": weights_digest(paths.start),
+        "tokenizer": tokenizer_digest(paths.model),
         "preferences": file_digest(paths.preferences),
         "reference_logprobs": file_digest(paths.reference),
     }
+    if identity["start"] != identity["reference"]:
+        del learner  # two models at once may be more than memory holds
+        learner = learner_from(paths.start)
+        stage.log(f"that is the loss of {paths.model}, the reference; training starts from {paths.start}")
     measured = fit(stage, learner, rows, params, identity=identity, held_out=held_out)
-    save_trained(module.model, tokenizer, paths.policy)
+    save_trained(learner.module.model, tokenizer, paths.policy)
     last = last_epoch(stage.curves)
     stage.tracker.dataset(paths.preferences, "preferences")
-    stage.tracker.tags({"reference_weights": identity["reference"]})
+    if is_first_rank():
+        weights = {
+            "reference": identity["reference"],
+            "start": identity["start"],
+            "policy": weights_digest(paths.policy),
+        }
+        write_json(stage.report / "weights.json", weights)
+        stage.tracker.tags({f"{model}_weights": digest for model, digest in weights.items()})
     training_curves(stage.curves, stage.plots / "curves.png", start_loss=start["expected"])
     stage.finish(
         {
@@ -107,10 +124,10 @@ def _load(params: Params, paths: Paths, tokenizer) -> tuple[list[TokenRow], list
 
     table = read_table(paths.reference)
     meta = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-    weights = weights_digest(paths.sft)
+    weights = weights_digest(paths.model)
     if meta.get("reference") != weights:
         raise UserError(
-            f"{paths.reference}: its log-probabilities are of weights {meta.get('reference')}, but {paths.sft} holds "
+            f"{paths.reference}: its log-probabilities are of weights {meta.get('reference')}, but {paths.model} holds "
             f"{weights}; run stage reference_logprobs again (dvc repro dpo does)"
         )
     if meta["precision"] != params.precision:

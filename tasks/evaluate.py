@@ -2,7 +2,7 @@
 
 Both models answer the same prompts with the same seeds; several processes (torchrun) share the prompts. `judge` is
 the judge that made the training labels; `gold` is another one that training never saw (the generator's ground truth on
-the embedded default).
+the embedded default). From the second round on the report holds the numbers of each round so far.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.rows import read_rows, write_rows
 from rankwise.types import Row, UserError, show_prompt
+from tasks.history import rounds_so_far
 from tasks.judges import PREFIX, JudgeParams, make_judge
 from tasks.params import param
 from tasks.rollouts import SamplingParams, request
@@ -49,6 +50,7 @@ class Paths:
     sft: Path = Path("models/sft")
     reward_model: Path = Path("models/reward_model")
     training: Path = Path("reports/dpo/metrics.json")
+    earlier: Path = Path("reports/sft/metrics.json")  # evaluation of the round before; unread in round 1
     samples: Path = Path("data/evaluation.parquet")
     report: Path = Path("reports/evaluate")
 
@@ -82,6 +84,8 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     if "held_out_accuracy" in training:
         metrics["preference_accuracy"] = training["held_out_accuracy"]
     metrics["start_loss"] = training["start_loss"]
+    if stage.round > 1:
+        metrics["rounds"] = rounds_so_far(metrics, stage.round, paths.earlier)
     write_rows(paths.samples, _samples(prompts, answers, scores))
     _show(prompts, answers, scores, metrics, stage)
     # The tracker shows the first numbers first.
@@ -299,6 +303,8 @@ def _show(prompts, answers, scores: dict[str, Judged], metrics: dict, stage: Sta
     lengths = {m: [len(ids) for ids in mine if ids is not None] for m, mine in sampled.items()}
     if all(lengths.values()):  # some servers give text alone
         plots.length_histogram(lengths["policy"], lengths["reference"], stage.plots / "lengths.png")
+    if "rounds" in metrics:
+        plots.rounds(metrics["rounds"], stage.plots / "rounds.png")
     if win_rates := metrics.get("win_rate"):
         plots.win_rates([{"name": name, **found} for name, found in win_rates.items()], stage.plots / "win_rates.png")
     for name, judged in scores.items():

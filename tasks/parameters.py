@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 import yaml
 
+from tasks import rounds
 from tasks.params import default_of, section_of
-from tasks.recipe import STAGES
+from tasks.recipe import SECTIONS
 from tasks.sources import File
 
 HEAD = """\
@@ -49,12 +50,20 @@ NAMES = {
 def reference() -> str:
     """The whole page."""
     parts = [HEAD]
-    for stage in STAGES:
-        module = importlib.import_module(f"tasks.{stage}")
-        first = module.__doc__.strip().splitlines()[0].removeprefix(f"Stage {stage}: ")
-        parts.append(f"## {stage}\n\n{first[:1].upper()}{first[1:]}\n\n{_table(module.Params)}\n")
+    for section in SECTIONS:
+        module = importlib.import_module(f"tasks.{section}")
+        first = module.__doc__.strip().splitlines()[0].partition(": ")[2]
+        table = _table(module.Params) + (_written() if section == "rounds" else "")
+        parts.append(f"## {section}\n\n{first[:1].upper()}{first[1:]}\n\n{table}\n")
     parts.append(f"{FILES}\n{_table(File)}\n")
     return "\n".join(parts)
+
+
+def _written() -> str:
+    """Keys of section rounds that `python -m tasks.recipe` writes from the others, and a round's own parameters."""
+    docs = {**rounds.WRITTEN, **{f"each.N.{name}": doc for name, doc in rounds.ENTRY.items()}}
+    docs["each.N.STAGE"] = f"parameters of one round alone, for {', '.join(rounds.STAGES)}"
+    return "".join(f"\n| `{name}` | written | | | {_cell(doc)} |" for name, doc in docs.items())
 
 
 def _table(params_type: type) -> str:

@@ -19,6 +19,7 @@ import yaml
 from rankwise.types import UserError
 
 T = TypeVar("T")
+_ABSENT = object()  # a key that is left alone; null is a value
 
 
 def param(default: Any, doc: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None) -> Any:
@@ -81,6 +82,19 @@ def build(params_type: type[T], given: object, *, where: str) -> T:
     return params_type(**values)
 
 
+def merged(default: Any, overlay: Any) -> Any:
+    """A params dataclass with a recipe's values over it, as plain values: sections merge, anything else is replaced."""
+    if not is_dataclass(default) or not isinstance(overlay, dict):
+        return _plain(default) if overlay is _ABSENT else overlay
+    hints, own = typing.get_type_hints(type(default)), {}
+    for spec in fields(default):
+        value, given = getattr(default, spec.name), overlay.get(spec.name, _ABSENT)
+        if value is None and isinstance(given, dict) and (section := section_of(hints[spec.name])):
+            value = section()  # null by default: the values go over the section's own
+        own[spec.name] = merged(value, given)
+    return {**own, **{key: value for key, value in overlay.items() if key not in own}}
+
+
 def default_of(spec: Field) -> Any:
     """The default of one declared parameter."""
     return spec.default if spec.default is not MISSING else spec.default_factory()
@@ -89,6 +103,12 @@ def default_of(spec: Field) -> Any:
 def section_of(hint: Any) -> type | None:
     """The dataclass of a parameter that is a section, or a section or null; None of any other."""
     return next((option for option in (hint, *typing.get_args(hint)) if is_dataclass(option)), None)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {spec.name: _plain(getattr(value, spec.name)) for spec in fields(value)}
+    return value
 
 
 def _check(hint: Any, value: Any, spec: Field, *, where: str) -> Any:

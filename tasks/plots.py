@@ -249,6 +249,40 @@ def _patch(corner: tuple[float, float], size: float) -> Any:
     return Rectangle(corner, size, size, facecolor=ORANGE, alpha=0.12, edgecolor="none")
 
 
+def rounds(
+    found: dict[str, dict[str, Any]], path: Path, *, title: str = "Round by round, against the SFT model"
+) -> None:
+    """Win rates, KL and answer length over rounds, with their intervals; round 0 is the SFT model itself.
+
+    Args:
+        found: numbers by round, as tasks.history gives them.
+    """
+    judged = any("win_rate" in one for one in found.values())
+    with _figure(path, title, columns=3 if judged else 2, height=3.6) as axes:
+        *first, kl, length = axes
+        for axis in first:
+            for name, label, colour in (("judge", "judge", ORANGE), ("gold", "gold", BLUE)):
+                points = {int(n): one["win_rate"][name] for n, one in found.items() if name in one.get("win_rate", {})}
+                if points:
+                    _interval_line(axis, points, colour, label)
+            axis.axhline(0.5, color=GREY, linestyle=":")
+            axis.set(title="Win rate", ylim=(0, 1))
+            axis.legend()
+        _interval_line(kl, {int(n): one["kl"] for n, one in found.items()}, BLUE, "KL")
+        kl.set(title="KL to the SFT model", ylabel="nats an answer")
+        length.plot([int(n) for n in found], [one["length"] for one in found.values()], color=BLUE, marker="o")
+        length.set(title="Answer length", ylabel="words", ylim=(0, None))
+        for axis in axes:
+            axis.set(xlabel="round", xticks=[int(n) for n in found])
+
+
+def _interval_line(axis: Any, points: dict[int, dict[str, float]], colour: str, label: str) -> None:
+    means = [point["mean"] for point in points.values()]
+    below = [max(0.0, point["mean"] - point["low"]) for point in points.values()]
+    above = [max(0.0, point["high"] - point["mean"]) for point in points.values()]
+    axis.errorbar(list(points), means, yerr=[below, above], color=colour, marker="o", capsize=4, label=label)
+
+
 def _histograms(
     policy: Sequence[float], reference: Sequence[float], path: Path, *, title: str, unit: str, digits: int
 ) -> None:

@@ -1,4 +1,6 @@
-"""Stage preferences: verdicts become one ranked row a prompt; imported preferences join them. Pure and cheap.
+"""Stage preferences: verdicts, or a given order of sources, become one ranked row a prompt. Pure and cheap.
+
+Imported preferences join them, and so may rows that earlier rounds trained on.
 
 Rows whose answers all tie are counted and left out. A share of the groups (or prompts, where there are none), chosen
 by a hash of their names, is marked "held_out": they measure preference accuracy and are never trained on.
@@ -29,6 +31,12 @@ SAMPLE_ROWS = 50  # rows shown in the tracker
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
+    order: list[str] = param(
+        list, "sources of answers, best first, such as [dataset, policy] (SPIN); []: the verdicts say"
+    )
+    earlier_rounds: int = param(
+        0, "rounds before this one whose training rows join: 0 is SPIN's Algorithm 1, 1 its published code", ge=0
+    )
     tie_below: float = param(0.05, "answers at most this far apart (log-odds, nats) are a tie", ge=0)
     held_out_share: float = param(0.1, "share of prompts kept to measure preference accuracy on", ge=0, le=0.9)
     max_tied_share: float = param(0.5, "stop when more than this share of rows tie altogether", ge=0, le=1)
@@ -40,6 +48,7 @@ class Paths:
     rollouts: Path = Path("data/rollouts.parquet")
     verdicts: Path = Path("data/verdicts.parquet")
     audit: Path = Path("reports/audit_judge/metrics.json")
+    earlier: Path = Path("data/prompts/preferences.parquet")  # preferences of the round before; unread in round 1
     preferences: Path = Path("data/preferences.parquet")
     report: Path = Path("reports/preferences")
 
@@ -47,8 +56,11 @@ class Paths:
 def run(params: Params, paths: Paths, stage: Stage) -> None:
     from rankwise.ranking import all_tied
 
-    judged = _judged(read_rows(paths.rollouts), paths.verdicts, params)
-    rows = [_split(_with_gap(one), params.held_out_share) for one in judged] + _imported(paths.prompts, params)
+    rollouts = read_rows(paths.rollouts)
+    judged = _in_order(rollouts, params.order) if params.order else _judged(rollouts, paths.verdicts, params)
+    imported = _imported(paths.prompts, params)
+    earlier = _earlier(paths.earlier, imported, stage.round, params.earlier_rounds)
+    rows = [_split(_with_gap(one), params.held_out_share) for one in judged] + imported + earlier
     if not rows:
         raise UserError(
             f"neither {paths.rollouts} nor {paths.prompts / 'preferences.parquet'} holds a row: there is nothing to "
@@ -70,7 +82,8 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     write_rows(paths.preferences, kept)
     stage.tracker.table("preferences", [_shown(row) for row in kept[:SAMPLE_ROWS]])
     stage.log(f"{len(kept)} ranked rows, {tied} left out because all their answers tie")
-    stage.finish(_summary(kept, judged, tied))
+    carried = {"rows_of_earlier_rounds": len(earlier)} if params.earlier_rounds else {}
+    stage.finish({**_summary(kept, judged, tied), **carried})
 
 
 def _imported(prompts: Path, params: Params) -> list[Row]:
@@ -90,6 +103,11 @@ def _judged(rollouts: Sequence[Row], verdicts: Path, params: Params) -> list[Jud
     from rankwise.verdicts import read_verdicts
 
     said = read_verdicts(verdicts)
+    if rollouts and not said:
+        raise UserError(
+            f"{verdicts} holds no verdict and preferences.order is empty, so nothing ranks the answers; name a "
+            "verdicts.judge, or the sources of answers from best to worst in preferences.order"
+        )
     return [rank(row, said.get(row.id, []), tie_below=params.tie_below) for row in rollouts]
 
 
@@ -100,6 +118,34 @@ def _with_gap(judged: Judged) -> Row:
 def _with_lengths(row: Row) -> Row:
     best, worst = (len(row.answers[place].text.split()) for place in (0, -1))
     return replace(row, meta={**row.meta, "longer_by": best - worst})
+
+
+def _in_order(rollouts: Sequence[Row], order: Sequence[str]) -> list[Judged]:
+    from rankwise.given import rank_by_source
+    from rankwise.ranking import Judged
+
+    there = {answer.source for row in rollouts for answer in row.answers}
+    if rollouts and set(order) != there:
+        raise UserError(
+            f"preferences.order is {order}, and the answers are from {', '.join(sorted(there))}; name just these, best "
+            "first (policy: rollouts.k, teacher: rollouts.teacher, dataset: rollouts.data_answers)"
+        )
+    nothing = dict(position_bias=(), invalid=0, unjudged=0, circular_triads=0, most_circular_triads=0)
+    return [Judged(row=rank_by_source(row, order), smallest_gap=None, **nothing) for row in rollouts]
+
+
+def _earlier(table: Path, imported: Sequence[Row], round_: int, rounds: int) -> list[Row]:
+    """Training rows of so many rounds before this one, as ID@ROUND; a row never comes twice."""
+    if round_ == 1 or rounds == 0:
+        return []
+    again = {row.id for row in imported}  # they are in every round
+    found = []
+    for row in read_rows(table):
+        own = row.meta.get("round", round_ - 1)  # of its own round a row does not say it
+        if own >= round_ - rounds and row.id not in again and row.meta["split"] == "train":
+            name = row.id if "round" in row.meta else f"{row.id}@{own}"
+            found.append(replace(row, id=name, meta={**row.meta, "round": own}))
+    return found
 
 
 def _split(row: Row, held_out_share: float) -> Row:

@@ -3,6 +3,7 @@
     python -m tasks.recipe                                      the embedded default again
     python -m tasks.recipe recipes/imdb.yaml                    params.yaml of the recipe
     python -m tasks.recipe recipes/imdb.yaml --data PATH ...    and PATH linked into data/source
+    python -m tasks.recipe params.yaml                          rounds.each written anew, after rounds.count was changed
 
 A recipe file holds sections and keys of params.yaml, only those that differ from the default; a key or value that no
 stage knows is refused. params.yaml is written whole, a comment beside every key, so it reads without the recipe.
@@ -17,7 +18,7 @@ import os
 import sys
 import typing
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ import yaml
 
 from rankwise.rows import write_aside
 from rankwise.types import UserError
-from tasks.params import build, read_yaml, section_of
+from tasks import rounds
+from tasks.params import build, merged, read_yaml, section_of
 
 # In the order of the pipeline.
 STAGES = (
@@ -43,12 +45,12 @@ STAGES = (
     "evaluate",
     "register",
 )
+SECTIONS = (*STAGES[: STAGES.index("rollouts")], "rounds", *STAGES[STAGES.index("rollouts") :])
 HEAD = """\
 # What defines a result, one section a stage. Devices, keys, addresses and worker counts are not here.
 # `python -m tasks.recipe` writes this file anew (defaults, or a recipe); edit it as you like in between.
 """
 COLUMN = 44  # where comments begin
-_ABSENT = object()  # a key that the recipe leaves alone; null is a value
 
 
 def apply(recipe: Path | None, params_file: Path = Path("params.yaml")) -> list[str]:
@@ -66,31 +68,46 @@ def apply(recipe: Path | None, params_file: Path = Path("params.yaml")) -> list[
 
 def render(overlay: dict[str, Any], *, where: str = "recipe") -> str:
     """The text of params.yaml for a recipe's overlay."""
-    unknown = [section for section in overlay if section not in STAGES]
+    unknown = [section for section in overlay if section not in SECTIONS]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], STAGES, n=1)
+        close = difflib.get_close_matches(unknown[0], SECTIONS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UserError(f"{where}: no stage is called {unknown[0]!r}{hint} (stages: {', '.join(STAGES)})")
+    graph = rounds.section(_mapping(overlay, "rounds", where), where=f"{where}: rounds")
     parts = [HEAD]
-    for name in STAGES:
-        params_type = importlib.import_module(f"tasks.{name}").Params
-        values = merged(params_type(), overlay.get(name) or {})
-        build(params_type, values, where=f"{where}: {name}")
-        parts.append("\n".join([f"{name}:", *_lines(params_type, values, indent="  ")]) + "\n")
+    for name in SECTIONS:
+        if name == "rounds":
+            lines = _round_lines(graph)
+        else:
+            params_type = importlib.import_module(f"tasks.{name}").Params
+            values = merged(params_type(), overlay.get(name) or {})
+            plain = build(params_type, values, where=f"{where}: {name}")
+            for number, entry in graph["each"].items() if name in rounds.STAGES else ():
+                build(params_type, merged(plain, entry[name]), where=f"{where}: rounds.each.{number}.{name}")
+            lines = _lines(params_type, values, indent="  ")
+        parts.append("\n".join([f"{name}:", *lines]) + "\n")
     return "\n".join(parts)
 
 
-def merged(default: Any, overlay: Any) -> Any:
-    """A params dataclass with a recipe's values over it, as plain values: sections merge, anything else is replaced."""
-    if not is_dataclass(default) or not isinstance(overlay, dict):
-        return _plain(default) if overlay is _ABSENT else overlay
-    hints, own = typing.get_type_hints(type(default)), {}
-    for spec in fields(default):
-        value, given = getattr(default, spec.name), overlay.get(spec.name, _ABSENT)
-        if value is None and isinstance(given, dict) and (section := section_of(hints[spec.name])):
-            value = section()  # null by default: the recipe's values go over the section's own
-        own[spec.name] = merged(value, given)
-    return {**own, **{key: value for key, value in overlay.items() if key not in own}}
+def _mapping(overlay: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    found = overlay.get(name) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: {name}: a mapping was expected, found {found!r}")
+    return found
+
+
+def _round_lines(graph: dict[str, Any]) -> list[str]:
+    """Section rounds: what is chosen, and under each round its names and its own parameters."""
+    chosen = {spec.name: graph[spec.name] for spec in fields(rounds.Params)}
+    lines = _lines(rounds.Params, chosen, indent="  ")
+    lines.append(_commented(f"  last: {_scalar(graph['last'])}", rounds.WRITTEN["last"]))
+    lines.append(_commented("  each:", rounds.WRITTEN["each"]))
+    for number, entry in graph["each"].items():
+        lines.append(f"    {_scalar(number)}:")
+        for name, value in entry.items():
+            doc = rounds.ENTRY.get(name) or f"parameters of section {name} in this round alone"
+            lines.append(_commented(f"      {name}: {_scalar(value)}", doc))
+    return lines
 
 
 def link_sources(paths: Sequence[Path], source: Path = Path("data/source")) -> list[Path]:
@@ -106,12 +123,6 @@ def link_sources(paths: Sequence[Path], source: Path = Path("data/source")) -> l
         target.unlink(missing_ok=True)
         target.symlink_to(os.path.abspath(path))
     return targets
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {spec.name: _plain(getattr(value, spec.name)) for spec in fields(value)}
-    return value
 
 
 def _lines(params_type: type, values: dict[str, Any], indent: str) -> list[str]:

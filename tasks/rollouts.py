@@ -1,18 +1,19 @@
-"""Stage rollouts: K answers a prompt, sampled from the SFT model; a rerun pays only for what is missing.
+"""Stage rollouts: answers to rank. K a prompt from the policy of the round before, in round 1 the SFT model.
 
-A teacher may add answers of its own. Several processes (torchrun) share the prompts.
+A teacher may add answers of its own, and the data the one that they hold. A rerun pays only for what is missing.
+Several processes (torchrun) share the prompts.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rankwise.rows import read_rows, write_rows
-from rankwise.types import Row, UserError, show_prompt
+from rankwise.types import Answer, Row, UserError, show_prompt
 from tasks.params import param
 from tasks.stage import Stage, is_first_rank, main
 
@@ -55,6 +56,7 @@ class TeacherParams(SamplingParams):
 @dataclass(frozen=True, kw_only=True)
 class Params(SamplingParams):
     k: int = param(4, "answers a prompt", ge=1)
+    data_answers: bool = param(False, "the prompt's own answer, from the data, stands beside the others (SPIN, aSFT)")
     teacher: TeacherParams | None = param(None, "a larger model that answers too (aSFT); null: none")
     max_cut_share: float = param(0.2, "stop when more than this share of answers hit max_new_tokens", ge=0, le=1)
     max_empty_share: float = param(0.05, "stop when more than this share of answers are empty or blank", ge=0, le=1)
@@ -81,11 +83,12 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
         stage.log(f"{table} holds no prompt: the preferences are imported, nothing is sampled")
         stage.finish({"prompts": 0})
         return
-    requests = _requests(params, paths)
+    requests = _requests(params, paths, stage.round)
+    own = _own_answers(prompts, table) if params.data_answers else []
     answered = _sample(prompts, requests, stage)
     if not is_first_rank():
         return
-    rows = _together(answered, requests)
+    rows = _together(answered, requests, own)
     write_rows(paths.rollouts, rows)
     metrics = _report(answered, requests, stage)
     stage.tracker.dataset(table, "prompts")
@@ -97,7 +100,14 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
 
 
 def request(
-    folder: Path | None, params: SamplingParams, *, k: int, source: str, prefix: str, name: str | None = None
+    folder: Path | None,
+    params: SamplingParams,
+    *,
+    k: int,
+    source: str,
+    prefix: str,
+    name: str | None = None,
+    round_: int = 1,
 ) -> Request:
     """These parameters as a request to one model; prefix is that of the variables that say where its server is.
 
@@ -115,6 +125,7 @@ def request(
         sampling=Sampling(**{name: tuple(v) if isinstance(v, list) else v for name, v in named.items()}),
         k=k,
         seed=params.seed,
+        round=round_ - 1,  # seeds count rounds from 0
         max_prompt_tokens=params.max_prompt_tokens,
         precision=params.precision,
         source=source,
@@ -124,18 +135,20 @@ def request(
     )
 
 
-def _requests(params: Params, paths: Paths) -> dict[str, Request]:
+def _requests(params: Params, paths: Paths, round_: int) -> dict[str, Request]:
     """The policy's request, and the teacher's where there is one."""
     teacher = params.teacher
-    if params.k + (teacher.k if teacher else 0) < 2:
+    if params.k + (teacher.k if teacher else 0) + params.data_answers < 2:
         raise UserError(
             f"rollouts.k is {params.k} and there is no teacher: one answer a prompt cannot be ranked; set rollouts.k "
-            "to at least 2, or name a rollouts.teacher"
+            "to at least 2, name a rollouts.teacher, or set rollouts.data_answers to true"
         )
-    found = {"policy": request(paths.model, params, k=params.k, source="policy", prefix="RANKWISE_ROLLOUTS")}
+    asked = request(paths.model, params, k=params.k, source="policy", prefix="RANKWISE_ROLLOUTS", round_=round_)
+    found = {"policy": asked}
     if teacher is not None:
         folder = _teacher(teacher, paths)
         name = teacher.model if folder is None else None
+        # Of no round: it stays what it is, so its answers are asked for once and kept.
         found["teacher"] = request(folder, teacher, k=teacher.k, source="teacher", prefix="RANKWISE_TEACHER", name=name)
     return found
 
@@ -175,14 +188,28 @@ def _sample(prompts: Sequence[Row], requests: dict[str, Request], stage: Stage) 
     return answered
 
 
-def _together(answered: dict[str, list[Row]], requests: dict[str, Request]) -> list[Row]:
+def _own_answers(prompts: Sequence[Row], table: Path) -> list[Answer]:
+    """The data's answer to each prompt; raises UserError where one has none."""
+    without = [row.id for row in prompts if not row.answers]
+    if without:
+        raise UserError(
+            f"rollouts.data_answers: {len(without)} of {len(prompts)} prompts of {table} have no answer in the data: "
+            f"{', '.join(without[:10])}{' …' if len(without) > 10 else ''}; name a file with answers in "
+            "prompts.files.rollout, or set it to false"
+        )
+    return [row.answers[0] for row in prompts]
+
+
+def _together(answered: dict[str, list[Row]], requests: dict[str, Request], own: Sequence[Answer]) -> list[Row]:
+    """One row a prompt: the policy's answers, then the teacher's, then the data's, those that there are."""
     from rankwise.rollouts import same_tokenizer, with_teacher
 
-    if "teacher" not in requests:
-        return answered["policy"]
-    theirs = requests["teacher"].folder
-    same = theirs is not None and same_tokenizer(requests["policy"].folder, theirs)
-    return with_teacher(answered["policy"], answered["teacher"], same_tokenizer=same)
+    rows = answered["policy"]
+    if "teacher" in requests:
+        theirs = requests["teacher"].folder
+        same = theirs is not None and same_tokenizer(requests["policy"].folder, theirs)
+        rows = with_teacher(rows, answered["teacher"], same_tokenizer=same)
+    return [replace(row, answers=(*row.answers, one)) for row, one in zip(rows, own)] if own else rows
 
 
 def _report(answered: dict[str, list[Row]], requests: dict[str, Request], stage: Stage) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from typing import Any, TypeVar
 from rankwise.rows import write_aside, write_json
 from rankwise.runtime import keep_freed_memory, spin_briefly
 from rankwise.types import Unavailable, UserError
-from tasks import params as params_module
-from tasks import tracking
+from tasks import rounds, tracking
+from tasks.params import default_of, section_of
 
 P = TypeVar("P")
 # Outside every DVC output, so that nothing computed is lost when DVC clears an output before a run.
@@ -46,9 +46,16 @@ class Stage:
     """A running stage: where records, metrics and progress go. Made by main; tests make their own."""
 
     def __init__(
-        self, name: str, *, tracker: tracking.Tracker, report: Path | None, params_file: Path = Path("params.yaml")
+        self,
+        name: str,
+        *,
+        tracker: tracking.Tracker,
+        report: Path | None,
+        params_file: Path = Path("params.yaml"),
+        round_: int = 1,
     ):
         self.name, self.tracker, self._params_file = name, tracker, params_file
+        self.round = round_  # 1 is the first, and stands for the only one too
         # Ranks of one launch compute alike; only the first writes what a stage leaves, the others write aside.
         self.report = report if report is None or is_first_rank() else Path(tempfile.mkdtemp(prefix=f"{name}-rank-"))
         self._began = time.time()
@@ -64,7 +71,7 @@ class Stage:
 
     def section(self, name: str, params_type: type[P]) -> P:
         """Another stage's parameters of this run, where two stages must not be told one thing twice."""
-        return params_module.load(self._params_file, name, params_type)
+        return rounds.load(self._params_file, name, params_type, self.round if name in rounds.STAGES else None)
 
     def record(self, step: int, values: dict[str, float], speeds: dict[str, float] | None = None) -> None:
         """One point of the curves, at an optimizer step; a second call for the same step adds to it.
@@ -165,9 +172,15 @@ def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any
     spin_briefly()
     signal.signal(signal.SIGTERM, _stop)
     try:
-        params = params_module.load(arguments.params, name, params_type)
+        params = rounds.load(arguments.params, name, params_type, arguments.round)
+        number = arguments.round or 1
+        if number > 1 and paths == paths_type():
+            raise UserError(
+                f"--round {number}: without paths of its own it would write over what round 1 left; run it as "
+                f"dvc.yaml does: dvc repro --single-item {name}@{number}"
+            )
         with _only_writer(name):
-            _run_tracked(name, params, paths, run, arguments.params)
+            _run_tracked(name, params, paths, run, arguments.params, number)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return os.EX_TEMPFAIL if isinstance(error, Unavailable) else 2
@@ -187,15 +200,18 @@ def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any
     return 0
 
 
-def _run_tracked(name: str, params: Any, paths: Any, run: Callable[[Any, Any, Stage], None], params_file: Path) -> None:
+def _run_tracked(
+    name: str, params: Any, paths: Any, run: Callable[[Any, Any, Stage], None], params_file: Path, number: int
+) -> None:
     began = time.monotonic()
     with tracking.stage_run(name, asdict(params)) as tracker:
-        stage = Stage(name, tracker=tracker, report=getattr(paths, "report", None), params_file=params_file)
+        report = getattr(paths, "report", None)
+        stage = Stage(name, tracker=tracker, report=report, params_file=params_file, round_=number)
         run(params, paths, stage)
         stage.timings["seconds"] = time.monotonic() - began
         stage.tracker.metrics({f"time/{k}": v for k, v in stage.timings.items()}, step=None)
     # Beside the outputs, not in them: seconds differ from run to run and would change DVC's hashes.
-    write_json(HOME / "timings" / f"{name}.json", stage.timings)
+    write_json(HOME / "timings" / f"{name}{rounds.ending(number)}.json", stage.timings)
 
 
 def _parse(name: str, params_type: type, paths_type: type, run: Callable) -> argparse.Namespace:
@@ -207,6 +223,9 @@ def _parse(name: str, params_type: type, paths_type: type, run: Callable) -> arg
         epilog=f"parameters (section {name} of params.yaml):\n{_describe(params_type)}".replace("%", "%%"),
     )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (%(default)s)")
+    parser.set_defaults(round=None)
+    if name in rounds.STAGES:
+        parser.add_argument("--round", type=int, metavar="N", default=1, help="which round (%(default)s)")
     for spec in fields(paths_type):
         parser.add_argument(
             f"--{spec.name.replace('_', '-')}",
@@ -221,9 +240,9 @@ def _parse(name: str, params_type: type, paths_type: type, run: Callable) -> arg
 def _describe(params_type: type, indent: str = "  ") -> str:
     lines, hints = [], typing.get_type_hints(params_type)
     for spec in fields(params_type):
-        default = params_module.default_of(spec)
+        default = default_of(spec)
         doc = spec.metadata["doc"]
-        if (section := params_module.section_of(hints[spec.name])) is not None:
+        if (section := section_of(hints[spec.name])) is not None:
             rest = " (default: null)" if default is None else ""
             lines += [f"{indent}{spec.name}: {doc}{rest}", _describe(section, indent + "  ")]
         else:

@@ -66,15 +66,19 @@ class Recorder:
     def metrics(self, points: list[dict[str, Any]]) -> None:
         """Log points in batches, and the headline ones to the parent as well."""
         own, copied = [], []
+        stage, _, number = self.name.partition("@")
         for point in points:
             step = point["step"] or 0
+            # Rounds: their curves lie beside each other, their results make one curve over rounds, the last one on top.
+            final = point["step"] is None
+            shown, at = (stage, int(number or 0)) if final else (self._in_parent(), step)
             for name, value in point["values"].items():
                 if value is None:
                     continue
                 own.append(Metric(_key(name), float(value), point["ms"], step))
                 if HEADLINE.search(name) and not NEVER_HEADLINE.search(name):
-                    copied.append(Metric(_key(f"{self.name}/{name}"), float(value), point["ms"], step))
-            if point["step"] is None:
+                    copied.append(Metric(_key(f"{shown}/{name}"), float(value), point["ms"], at))
+            if final:
                 self.final |= {name: value for name, value in point["values"].items() if value is not None}
         self._log(self.run_id, own)
         if self.parent:
@@ -191,7 +195,11 @@ class Recorder:
             if self.parent:
                 # A stage that runs twice under one parent, with other values: the first stay.
                 with contextlib.suppress(MlflowException):
-                    self.client.log_batch(self.parent, params=of(f"{self.name}.")[first : first + 100])
+                    self.client.log_batch(self.parent, params=of(f"{self._in_parent()}.")[first : first + 100])
+
+    def _in_parent(self) -> str:
+        """What the stage is called in the names of its parent's curves and params; of the first round plainly."""
+        return self.name.removesuffix("@1")
 
     def _log(self, run_id: str, metrics: list[Metric]) -> None:
         for first in range(0, len(metrics), 1000):

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
-    judge: JudgeParams = param(JudgeParams, "who ranks the answers")
+    judge: JudgeParams | None = param(
+        JudgeParams, "who ranks the answers; null: nobody is asked, preferences.order ranks them"
+    )
     panel: list[dict] = param(list, "further judges, mappings as judge; keys left out are its defaults")
 
 
@@ -46,7 +48,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
 
     rows = read_rows(paths.rollouts)
     table, metrics = [], {}
-    for member in _members(params, paths) if rows else ():
+    for member in _members(params, paths) if rows and params.judge else ():
         replies = _ask(member, rows, stage)
         family = common_family(member.params, member.judge.name, source=paths.source, generator=paths.generator)
         found = {**summary(member.judge, replies), "same_family_as_generator": int(bool(family))}

@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import unrolled
 import yaml
 
 from tasks import parameters, recipe
@@ -104,7 +105,7 @@ def laws() -> frozenset[str]:
 
 
 def stages() -> dict[str, dict]:
-    return yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return unrolled.one_round()
 
 
 def reads(stage: dict) -> set[str]:
@@ -199,7 +200,8 @@ def test_every_test_named_exists(page):
 
 @pages
 def test_every_file_named_is_there_or_is_made_by_a_stage(page):
-    made = {out for stage in stages().values() for out in writes(stage)}
+    two_rounds = unrolled.stages(yaml.safe_load(recipe.render({"rounds": {"count": 2}})))
+    made = {out for stage in two_rounds.values() for out in writes(stage)}
     missing = []
     for span in spans(page):
         if not re.fullmatch(r"[\w.\-]+(/[\w.\-]*)+|[\w\-]+\.(?:ya?ml|py|md|toml|txt)", span) or "NAME" in span:
@@ -217,7 +219,7 @@ def test_every_file_named_is_there_or_is_made_by_a_stage(page):
 @pages
 def test_every_parameter_named_exists(page):
     known = parameter_names(yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")))
-    sections = "|".join(recipe.STAGES)
+    sections = "|".join(recipe.SECTIONS)
     named = {span for span in spans(page) if re.fullmatch(rf"(?:{sections})(?:\.[a-z_0-9]+)+", span)}
     named |= {name for line in commands(page) for name in re.findall(r"-S ([a-z_.]+)=", line)}
     assert named <= known

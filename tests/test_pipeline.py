@@ -8,17 +8,15 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import tiny
-import yaml
+import unrolled
+from clones import Repository
 
 from rankwise.evaluation import win_rate
 from rankwise.rows import read_rows, read_table
@@ -26,7 +24,7 @@ from tasks.recipe import STAGES
 
 ROOT = Path(__file__).parent.parent
 MAY_BE_EMPTY = ("preferences",)  # imported ones: the default has none
-GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+GRAPH = unrolled.one_round()
 
 
 @pytest.fixture(scope="module")
@@ -284,46 +282,6 @@ def test_sigterm_writes_a_checkpoint_and_a_rerun_continues_to_the_same_bytes(pro
 
 
 # Through DVC
-
-
-QUIET = {
-    "DVC_NO_ANALYTICS": "1",
-    "RANKWISE_TRACKING": "off",
-    "OMP_NUM_THREADS": "1",
-    **{f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
-}
-
-
-class Repository:
-    """A clone of this working tree with tiny params, under git and DVC."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        listed = subprocess.run(
-            ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-        )
-        for name in listed.stdout.splitlines():
-            if (ROOT / name).is_file() and not name.startswith((".dvc/", "dvc.lock")):
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, root / name)
-        (root / "params.yaml").write_text(tiny.render(tiny.TINY))
-        self.command("git", "init", "-q", ".")
-        self.command("dvc", "init", "-q")
-        self.command("dvc", "config", "core.analytics", "false")
-        self.command("git", "add", "-A")
-        self.command("git", "commit", "-q", "-m", "tiny")
-
-    def command(self, *words: str) -> str:
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        # This copy's own modules, not those of the installed tree.
-        environment = {**os.environ, **QUIET, "PATH": path, "PYTHONPATH": str(self.root)}
-        done = subprocess.run(words, cwd=self.root, env=environment, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
-        return done.stdout + done.stderr
-
-    def ran(self, said: str) -> list[str]:
-        """Stages that DVC started, in order."""
-        return [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage '")]
 
 
 @pytest.fixture(scope="module")

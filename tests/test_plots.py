@@ -9,12 +9,21 @@ import struct
 import pytest
 
 from tasks import plots
+from tasks.history import NONE
 
 RANDOM = random.Random(7)
 CURVES = [
     {"step": step, "loss": math.log(24) - 0.01 * step, "margin": 0.1 * step, "kl": 0.2 * step} for step in range(90)
 ]
 POLICY, REFERENCE = ([RANDOM.gauss(mean, 1) for _ in range(50)] for mean in (1, 0))
+ROUNDS = {
+    str(n): {
+        "win_rate": {"gold": {"mean": 0.5 + n / 9, "low": 0.4, "high": 0.9}},
+        "kl": NONE | {"mean": n},
+        "length": 20,
+    }
+    for n in range(4)
+}
 FIGURES = {
     "curves": lambda path: plots.training_curves(CURVES, path, title="dpo", start_loss=math.log(24)),
     "one_curve": lambda path: plots.training_curves([{"step": 1, "loss": 2.0}], path),
@@ -22,6 +31,7 @@ FIGURES = {
     "lengths": lambda path: plots.length_histogram([3, 4, 4], [4, 4, 4], path),
     "answers": lambda path: plots.answers([3, 4, 4], [8], [2, 1], path, k=2, title="the policy's answers"),
     "answers_all_cut": lambda path: plots.answers([], [8] * 4, [2, 2], path, k=2, title="the policy's answers"),
+    "rounds": lambda path: plots.rounds(ROUNDS, path),
     "win": lambda path: plots.win_rates([{"name": "judge", "mean": 0.8, "low": 0.75, "high": 0.84}], path),
 }
 

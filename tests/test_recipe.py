@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from rankwise.types import UserError
-from tasks import params, recipe
+from tasks import params, recipe, rounds
 from tasks.recipe import STAGES
 from tasks.rollouts import TeacherParams
 
@@ -71,7 +71,10 @@ def test_every_recipe_fits_the_stages(project, path):
     overlay = yaml.safe_load(path.read_text())
     read = yaml.safe_load(Path("params.yaml").read_text())
     for section, values in overlay.items():
-        params.load(Path("params.yaml"), section, params_type(section))
+        if section == "rounds":
+            rounds.check(read, "params.yaml")
+        else:
+            params.load(Path("params.yaml"), section, params_type(section))
         for key, value in values.items():
             assert read[section][key] == value or read[section][key].items() >= value.items()
     assert str(path.relative_to(ROOT)) in path.read_text(), "its head says how to use it"
@@ -81,7 +84,7 @@ def test_every_recipe_fits_the_stages(project, path):
 def test_what_a_recipe_names_is_there(path):
     """Judge functions and rubrics; data and models are the user's to give (--data)."""
     read = yaml.safe_load(recipe.render(yaml.safe_load(path.read_text())))
-    for judge in (read["verdicts"]["judge"], read["evaluate"]["judge"], read["evaluate"]["gold"] or {}):
+    for judge in (read["verdicts"]["judge"] or {}, read["evaluate"]["judge"], read["evaluate"]["gold"] or {}):
         if judge.get("kind") == "callable":
             module, _, name = judge["function"].partition(":")
             assert callable(getattr(importlib.import_module(module), name))

@@ -233,6 +233,20 @@ def test_a_long_run_is_thinned_and_keeps_its_first_and_last_points():
     assert steps.count(None) == 1
 
 
+def test_results_of_rounds_make_one_curve_of_the_parent_and_their_training_curves_do_not_mix(store, monkeypatch):
+    with tracking.pipeline_run("align", {}):
+        for number, win_rate in ((1, 0.6), (2, 0.7)):
+            monkeypatch.setenv("DVC_STAGE", f"dvc.yaml:dpo@{number}")
+            with tracking.stage_run("dpo", {"beta": number}) as tracker:
+                tracker.metrics({"loss": win_rate}, step=1)
+                tracker.metrics({"win_rate": win_rate})
+    parent = runs(store)["align"]
+    assert parent.data.params == {"dpo.beta": "1", "dpo.2.beta": "2"}
+    assert parent.data.metrics == {"dpo/loss": 0.6, "dpo.2/loss": 0.7, "dpo/win_rate": 0.7}
+    history = client(store).get_metric_history(parent.info.run_id, "dpo/win_rate")
+    assert [(point.step, point.value) for point in history] == [(1, 0.6), (2, 0.7)]
+
+
 def test_a_step_pays_microseconds_for_being_tracked(store):
     """Under 2 % of a 10 ms step, while the worker is still importing MLflow and reads nothing but the pipe."""
     values = {f"metric_{index}": 0.123456789 for index in range(15)}

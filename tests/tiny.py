@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shlex
 import shutil
 import signal
 import sys
@@ -22,8 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import unrolled
 import yaml
 
+from tasks import rounds
 from tasks.judges import JudgeParams
 from tasks.recipe import STAGES, render
 from tasks.rollouts import TeacherParams
@@ -112,8 +115,26 @@ class Project:
             params[section] |= changed
         path.write_text(yaml.safe_dump(params))
 
+    def apply(self, recipe: dict[str, Any]) -> None:
+        """Write params.yaml anew: tiny, with a recipe over it."""
+        (self.root / "params.yaml").write_text(render(over(TINY, recipe)))
+
+    def round_stages(self, *, first: str = "rollouts@1", last: str = "register") -> list[str]:
+        """Addresses of the stages that follow the reward model, from one to another, as DVC may order them."""
+        params = yaml.safe_load((self.root / "params.yaml").read_text())
+        every = [f"{stage}@{number}" for number in params["rounds"]["each"] for stage in rounds.STAGES] + ["register"]
+        return every[every.index(first) : every.index(last) + 1]
+
+    def run_rounds(self, *, first: str = "rollouts@1", last: str = "register") -> dict[str, Said]:
+        """The stages that follow the reward model, from one to another; all must succeed."""
+        told = {}
+        for address in self.round_stages(first=first, last=last):
+            told[address] = self.run(address)
+            assert told[address].status == 0, f"{address}: {told[address].out}\n{told[address].err}"
+        return told
+
     def run(self, stage: str, *options: str, before: Callable[[], object] | None = None) -> Said:
-        """One stage to its end. before is called first, in the stage's process."""
+        """One stage ("dpo"; in a round: "dpo@2") to its end. before is called first, in the stage's process."""
         process, logs = self.start(stage, *options, before=before)
         process.join(120)
         assert process.exitcode is not None, f"{stage} does not end"
@@ -122,8 +143,12 @@ class Project:
     def start(self, stage: str, *options: str, before: Callable[[], object] | None = None):
         """One stage as a process, and the files that it prints into."""
         (self.root / "logs").mkdir(exist_ok=True)
+        if "@" in stage or stage == "register":
+            params = yaml.safe_load((self.root / "params.yaml").read_text())
+            options = (*shlex.split(unrolled.stages(params)[stage]["cmd"])[4:], *options)
         logs = tuple(self.root / "logs" / f"{stage}.{stream}" for stream in ("out", "err"))
-        process = _FORKS.Process(target=_as_command, args=(stage, options, self.root, logs, before))
+        name = stage.partition("@")[0]
+        process = _FORKS.Process(target=_as_command, args=(name, options, self.root, logs, before))
         process.start()
         return process, logs
 
@@ -141,10 +166,16 @@ class Project:
         return {str(f.relative_to(self.root)): hashlib.md5(f.read_bytes()).hexdigest() for f in files if f.is_file()}
 
     def metrics(self, stage: str) -> dict[str, Any]:
-        return json.loads((self.root / "reports" / stage / "metrics.json").read_text())
+        return json.loads((self.root / "reports" / rounds.stage_files(stage) / "metrics.json").read_text())
 
     def timings(self, stage: str) -> dict[str, float]:
         return json.loads((self.root / ".rankwise/timings" / f"{stage}.json").read_text())
+
+
+def over(recipe: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with another one over it."""
+    merge = lambda old, new: over(old, new) if isinstance(old, dict) and isinstance(new, dict) else new
+    return {**recipe, **{name: merge(recipe.get(name), value) for name, value in other.items()}}
 
 
 @functools.cache
