@@ -330,15 +330,11 @@ def _stop(
     if together is not None and together.alpha.status(limits["panel_alpha"]) == "fail":
         failed.append(("the panel", together.alpha))
     if failed:
-        raise UserError(
-            "\n  ".join(
-                [
-                    f"audit_judge: {len(failed)} gate{' fails' if len(failed) == 1 else 's fail'}: train on no such labels",
-                    *(f"{name}: {said(measure, limits[measure.name])}" for name, measure in failed),
-                    f"report: {paths.report / 'audit.html'}; limits: audit_judge.gates (null: report only)",
-                ]
-            )
-        )
+        many = "gates fail" if len(failed) > 1 else "gate fails"
+        told = [f"audit_judge: {len(failed)} {many}, so nothing is trained on these labels"]
+        told += [f"{name}: {said(measure, limits[measure.name])}" for name, measure in failed]
+        told += [f"report: {paths.report / 'audit.html'}; limits: audit_judge.gates (null: report only)"]
+        raise UserError("\n  ".join(told))
 
 
 if __name__ == "__main__":
