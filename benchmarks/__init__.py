@@ -6,6 +6,7 @@ python -m benchmarks.memory       how much memory does a step need
 python -m benchmarks.rollouts     how fast are sampled answers, by each engine, against transformers' generate()
 python -m benchmarks.loss_head    what does the vocabulary head alone cost, in time, memory and error
 python -m benchmarks.attention    what does attention within prompt trees cost on a CPU
+python -m benchmarks.toy_world    do DPO and policy gradients end at the optimum that can be computed
 python -m benchmarks.judge_load   does a judge on a server bear faults, kills, a budget and many requests at once
 
 Each runs ours and its peers' best settings alternately, in one go, on the same model and data, and refuses to time two
