@@ -116,7 +116,11 @@ def test_no_two_stages_write_one_file_and_a_further_round_renames_none():
 def test_a_stage_of_a_round_depends_on_its_own_parameters_of_that_round_alone():
     each = unrolled.stages(yaml.safe_load(recipe.render({"rounds": {"count": 3}})))
     for stage, number in itertools.product(rounds.STAGES, (1, 2, 3)):
-        assert each[f"{stage}@{number}"]["params"] == [stage, f"rounds.each.{number}.{stage}"]
+        read = (
+            ("audit_judge", "verdicts") if stage == "audit_judge" else (stage,)
+        )  # the audit asks the judge of verdicts
+        own = [f"rounds.each.{number}.{section}" for section in read]
+        assert each[f"{stage}@{number}"]["params"] == [*read, *own]
 
 
 def test_params_yaml_is_a_recipe_of_itself():

@@ -27,6 +27,7 @@ import unrolled
 import yaml
 
 from tasks import rounds
+from tasks.audit_judge import Gates
 from tasks.judges import JudgeParams
 from tasks.recipe import STAGES, render
 from tasks.rollouts import TeacherParams
@@ -42,11 +43,7 @@ TINY = {
     "reward_model": {"epochs": 2, "batch_size": 6, "learning_rate": 0.005},
     "rollouts": {"max_new_tokens": 12, "max_cut_share": 1.0, "batch_sequences": 16},
     # A judge that has learnt nothing would rightly stop the run.
-    "audit_judge": {
-        "probes": 2,
-        "labelled": 4,
-        "gates": dict.fromkeys(("agreement", "prefers_longer", "padding", "null_wins")),
-    },
+    "audit_judge": {"probes": 2, "labelled": 4, "gates": dict.fromkeys(vars(Gates()))},
     "preferences": {"tie_below": 0.0, "held_out_share": 0.25},
     "reference_logprobs": {"max_tokens": 256},
     "dpo": {"batch_size": 4},
