@@ -292,7 +292,7 @@ def markdown_page(audits: Mapping[str, Audit], together: Panel | None, limits: L
         return "\n".join([*lines, NOTHING, ""])
     for section, audit in audits.items():
         lines += [
-            f"## `{_cell(audit.name)}`",
+            f"## {_cell(audit.name)}",
             "",
             f"**{answer(audit.measures, limits)[1]}** ({counts(audit.measures, limits)}).",
             "",
