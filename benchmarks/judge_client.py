@@ -55,7 +55,7 @@ def main(spec: dict[str, Any]) -> None:
         "memory": memory,
         "spent": vars(judge.spent()),
     }
-    write_verdicts(folder / "verdicts.parquet", [(judge.name, reply) for reply in replies])
+    write_verdicts(folder / "verdicts.parquet", [(judge.name, judge.identity, reply) for reply in replies])
     print(json.dumps({**found, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -18,7 +18,7 @@ import numpy as np
 from rankwise.evaluation import Z95, Estimate, share
 from rankwise.ranking import compare
 from rankwise.types import Row
-from rankwise.verdicts import Verdict
+from rankwise.verdicts import Verdict, texts_digest
 
 LABELS = (1, 0, -1)
 
@@ -32,6 +32,8 @@ class Pair:
     preference: float  # all replies together: the label's side
     orders: tuple[float, float] | None = None  # with places[0] shown first, with places[1] shown first; None: no orders
     longer: int = 0  # characters by which the first answer is longer
+    about: str = ""  # name of the prompt and the two texts, whatever row and places they stand in
+    side: int = 1  # 1: the first answer's text is the one that sorts first, -1: it is the other one's
 
     @property
     def bias(self) -> float:
@@ -46,6 +48,7 @@ class Bin:
     confidence: float  # mean probability that the judge gave to its own choice
     right: float  # share of these choices that were right
     count: int
+    rows: int  # that these choices are of
 
 
 def label(preference: float, tie_below: float) -> int:
@@ -64,28 +67,48 @@ def pairs_of(row: Row, verdicts: Sequence[Verdict]) -> list[Pair]:
     Of answers with one text the first stands for all, so that nothing counts twice. Pairs of which nothing is known are
     absent.
     """
-    odds_KK, texts = compare(row, verdicts).odds_KK, [answer.text for answer in row.answers]
+    odds_KK = compare(row, verdicts).odds_KK
     shown: dict[tuple[int, ...], list[float]] = defaultdict(list)
     for verdict in verdicts:
         if len(verdict.shown) == 2 and verdict.values is not None:
             shown[tuple(verdict.shown)].append(verdict.values[0] - verdict.values[1])
     found = []
-    for i, j in itertools.combinations([place for place, text in enumerate(texts) if texts.index(text) == place], 2):
+    for i, j in _different(row):
         if np.isnan(odds_KK[i, j]):
             continue
         both = (i, j) in shown and (j, i) in shown
         orders = (float(np.mean(shown[i, j])), -float(np.mean(shown[j, i]))) if both else None
-        longer = len(texts[i]) - len(texts[j])
-        found.append(Pair(row_id=row.id, places=(i, j), preference=float(odds_KK[i, j]), orders=orders, longer=longer))
+        found.append(_pair(row, (i, j), float(odds_KK[i, j]), orders))
     return found
 
 
 def ranked_pairs(row: Row) -> list[Pair]:
-    """The pairs of a row whose answers have ranks, as if a judge had said so with one nat; ties 0."""
-    places = [n for n, answer in enumerate(row.answers) if answer.rank is not None]
-    pairs = [(i, j) for i, j in itertools.combinations(places, 2) if row.answers[i].text != row.answers[j].text]
-    gap = lambda i, j: float(np.sign(row.answers[j].rank - row.answers[i].rank))
-    return [Pair(row_id=row.id, places=(i, j), preference=gap(i, j)) for i, j in pairs]
+    """The pairs of a row whose answers have ranks, as if a judge had said so with one nat; ties 0.
+
+    Of answers with one text the first stands for all.
+    """
+    rank = [answer.rank for answer in row.answers]
+    known = [(i, j) for i, j in _different(row) if rank[i] is not None and rank[j] is not None]
+    return [_pair(row, (i, j), float(np.sign(rank[j] - rank[i])), None) for i, j in known]
+
+
+def _different(row: Row) -> Iterator[tuple[int, int]]:
+    """The places of every two different texts, each text where it stands first."""
+    texts = [answer.text for answer in row.answers]
+    return itertools.combinations([place for place, text in enumerate(texts) if texts.index(text) == place], 2)
+
+
+def _pair(row: Row, places: tuple[int, int], preference: float, orders: tuple[float, float] | None) -> Pair:
+    first, second = (row.answers[place].text for place in places)
+    return Pair(
+        row_id=row.id,
+        places=places,
+        preference=preference,
+        orders=orders,
+        longer=len(first) - len(second),
+        about=texts_digest(row.prompt, sorted((first, second))),
+        side=1 if first < second else -1,
+    )
 
 
 # Means and shares over rows ------------------------------------------------------------------------------------------
@@ -99,32 +122,40 @@ def by_row(pairs: Iterable[tuple[str, float]]) -> list[tuple[float, int]]:
     return [(sum(values), len(values)) for values in held.values()]
 
 
-def clustered_mean(rows: Sequence[tuple[float, int]], *, z: float = Z95) -> Estimate:
+def clustered_mean(
+    rows: Sequence[tuple[float, int]], *, span: tuple[float, float] = (-math.inf, math.inf), z: float = Z95
+) -> Estimate:
     """Mean of all values and its normal interval, from (sum, count) a row.
 
     The variance is that of a ratio estimate with the rows as clusters (Cochran 1977, Sampling Techniques, eq. 9A.2
-    without the finite-population factor); with one value a row it is the sample variance over n.
+    without the finite-population factor); with one value a row it is the sample variance over n. One row tells nothing
+    of other rows: its interval is the whole span.
+
+    Args:
+        span: least and greatest value that there can be.
     """
     sums, counts = np.array([s for s, _ in rows], dtype=np.float64), np.array([n for _, n in rows], dtype=np.float64)
     if not counts.sum():
         raise ValueError("a mean of no values was asked for")
     mean = float(sums.sum() / counts.sum())
-    half = 0.0
-    if len(rows) > 1:
-        half = z * math.sqrt(((sums - mean * counts) ** 2).sum() * len(rows) / (len(rows) - 1)) / float(counts.sum())
-    return Estimate(mean=mean, low=mean - half, high=mean + half)
+    if len(rows) < 2:
+        return Estimate(mean=mean, low=span[0], high=span[1])
+    half = z * math.sqrt(((sums - mean * counts) ** 2).sum() * len(rows) / (len(rows) - 1)) / float(counts.sum())
+    return Estimate(mean=mean, low=max(span[0], mean - half), high=min(span[1], mean + half))
 
 
 def clustered_share(rows: Sequence[tuple[float, int]]) -> Estimate:
     """A share with Wilson's interval, from (hits, count) a row; as many independent hits as the rows' spread allows.
 
-    With one pair a row it is Wilson's interval of that many pairs.
+    With one pair a row it is Wilson's interval of that many pairs. One row tells nothing of other rows: [0, 1].
     """
     sums, counts = np.array([s for s, _ in rows], dtype=np.float64), np.array([n for _, n in rows], dtype=np.float64)
     total = float(counts.sum())
     if not total:
         raise ValueError("a share of nothing was asked for")
     p = float(sums.sum()) / total
+    if len(rows) < 2:
+        return Estimate(mean=p, low=0.0, high=1.0)
     variance = float(((sums - p * counts) ** 2).sum()) / total**2
     # Where all rows say the same, their spread tells nothing: each counts once.
     independent = min(total, p * (1 - p) / variance) if variance > 0 else float(len(rows))
@@ -153,9 +184,13 @@ def paired_shift(before: Sequence[float], after: Sequence[float], *, together: i
 # Order and length ----------------------------------------------------------------------------------------------------
 
 
-def position_bias(pairs: Sequence[Pair]) -> Estimate:
-    """Nats that being shown first is worth, mean over the pairs asked in both orders; 0 is none."""
-    return clustered_mean(by_row((pair.row_id, pair.bias) for pair in pairs if pair.orders))
+def position_bias(pairs: Sequence[Pair]) -> Estimate | None:
+    """Nats that being shown first is worth, mean over the pairs asked in both orders; None where one row has them all.
+
+    0 is no bias.
+    """
+    rows = by_row((pair.row_id, pair.bias) for pair in pairs if pair.orders)
+    return clustered_mean(rows) if len(rows) > 1 else None
 
 
 def first_share(pairs: Sequence[Pair], *, tie_below: float) -> Estimate:
@@ -222,7 +257,7 @@ def cohen_kappa(table_CC: np.ndarray) -> Estimate:
     row_C, column_C = p_CC.sum(axis=1), p_CC.sum(axis=0)
     observed, expected = float(np.trace(p_CC)), float(row_C @ column_C)
     if expected >= 1:
-        return Estimate(mean=0.0, low=0.0, high=0.0)
+        return Estimate(mean=0.0, low=-1.0, high=1.0)
     kappa = (observed - expected) / (1 - expected)
     diagonal = float((np.diag(p_CC) * (1 - (row_C + column_C) * (1 - kappa)) ** 2).sum())
     sums_CC = (column_C[:, None] + row_C[None, :]) ** 2
@@ -230,6 +265,26 @@ def cohen_kappa(table_CC: np.ndarray) -> Estimate:
     variance = (diagonal + beside - (kappa - expected * (1 - kappa)) ** 2) / ((1 - expected) ** 2 * n)
     half = Z95 * math.sqrt(max(0.0, variance))
     return Estimate(mean=kappa, low=max(-1.0, kappa - half), high=min(1.0, kappa + half))
+
+
+def clustered_kappa(tables_RCC: np.ndarray) -> Estimate:
+    """Cohen's kappa of R rows, from each row's [C, C] table of counts: that of the sum, its interval a jackknife.
+
+    For rows whose pairs share answers; cohen_kappa's interval takes every pair as judged independently of the others.
+    """
+    total_CC = tables_RCC.sum(axis=0)
+    kappa = cohen_kappa(total_CC).mean
+    alone = len(tables_RCC) < 2
+    return _jackknife(kappa, [kappa] if alone else [cohen_kappa(total_CC - one_CC).mean for one_CC in tables_RCC])
+
+
+def _jackknife(value: float, without_R: Sequence[float]) -> Estimate:
+    """A value in [-1, 1] and its interval, from the values with one row left out; one row tells nothing of others."""
+    count, left = len(without_R), np.asarray(without_R, dtype=np.float64)
+    if count < 2:
+        return Estimate(mean=value, low=-1.0, high=1.0)
+    half = Z95 * math.sqrt((count - 1) / count * float(((left - left.mean()) ** 2).sum()))
+    return Estimate(mean=value, low=max(-1.0, value - half), high=min(1.0, value + half))
 
 
 def krippendorff_alpha(labels_NJ: Sequence[Sequence[int | None]], rows: Sequence[str] | None = None) -> Estimate | None:
@@ -251,12 +306,7 @@ def krippendorff_alpha(labels_NJ: Sequence[Sequence[int | None]], rows: Sequence
     observed_R = np.bincount(names, (judges_N**2 - (counts_NC**2).sum(axis=1)) / (judges_N - 1))
     total_RC = np.stack([np.bincount(names, column) for column in counts_NC.T], axis=1)
     alpha = float(_alpha(observed_R.sum(), total_RC.sum(axis=0)))
-    count = len(observed_R)
-    if count < 2:
-        return Estimate(mean=alpha, low=alpha, high=alpha)
-    without_R = _alpha(observed_R.sum() - observed_R, total_RC.sum(axis=0) - total_RC)
-    half = Z95 * math.sqrt((count - 1) / count * float(((without_R - without_R.mean()) ** 2).sum()))
-    return Estimate(mean=alpha, low=alpha - half, high=min(1.0, alpha + half))
+    return _jackknife(alpha, _alpha(observed_R.sum() - observed_R, total_RC.sum(axis=0) - total_RC))
 
 
 def _alpha(observed: np.ndarray, total_C: np.ndarray) -> np.ndarray:
@@ -268,18 +318,29 @@ def _alpha(observed: np.ndarray, total_C: np.ndarray) -> np.ndarray:
 # Calibration ---------------------------------------------------------------------------------------------------------
 
 
-def calibration(preferences: Sequence[float], gold: Sequence[int], *, bins: int = 10) -> list[Bin]:
+def calibration(
+    preferences: Sequence[float], gold: Sequence[int], rows: Sequence[str] | None = None, *, bins: int = 10
+) -> list[Bin]:
     """How often the judge is right when it is that sure: sigmoid of its preference's size, in equal steps of [0.5, 1].
 
     Pairs that gold calls a tie have no right side and are left out.
+
+    Args:
+        rows: the row of each pair; None: each is of its own.
     """
     decided = [(p, g) for p, g in zip(preferences, gold) if g]
+    names = np.array([row for row, g in zip(range(len(gold)) if rows is None else rows, gold) if g])
     confidence = np.array([1 / (1 + math.exp(-min(abs(p), 700.0))) for p, _ in decided])
     right = np.array([win(p * g, 0.0) for p, g in decided])  # without a preference it is right half the time
     # Steps are (edge, next edge], the first one closed: as scikit-learn cuts them.
     place = np.clip(np.ceil((confidence - 0.5) * 2 * bins) - 1, 0, bins - 1).astype(int) if decided else confidence
     return [
-        Bin(confidence=float(confidence[here].mean()), right=float(right[here].mean()), count=int(here.sum()))
+        Bin(
+            confidence=float(confidence[here].mean()),
+            right=float(right[here].mean()),
+            count=int(here.sum()),
+            rows=len(set(names[here].tolist())),
+        )
         for n in range(bins)
         if (here := place == n).any()
     ]

@@ -129,6 +129,11 @@ class Budget:
             self._db.execute("INSERT OR IGNORE INTO first_seen VALUES (?, ?)", (judge, model))
             return self._db.execute("SELECT model FROM first_seen WHERE judge = ?", (judge,)).fetchone()[0]
 
+    def has_seen(self, judge: str) -> bool:
+        """Whether any model has answered as this judge."""
+        with self._told():
+            return bool(self._db.execute("SELECT 1 FROM first_seen WHERE judge = ?", (judge,)).fetchone())
+
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         """All or nothing, and nobody else's in between."""

@@ -11,8 +11,10 @@ import asyncio
 import contextlib
 import email.utils
 import itertools
+import json
 import math
 import random
+import re
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
@@ -31,7 +33,9 @@ CONNECT_TIMEOUT_S = 10.0
 LOOK_TIMEOUT_S = 30.0  # for pages that cost a server nothing
 SERVER_IS_GONE = 20  # things given up in a row, at least, before the rest is not tried
 TURNED_AWAY = (500, 503, 529)  # the server's own trouble; a gateway's (502, 504) may hide an answer that was computed
+SHORTEST_KEY = 8  # characters; a shorter one is no secret, and may be a part of any word or number
 LARGEST_NUMBER = 1_000_000  # that the environment may give: eleven days, or more requests than any server takes
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,10 @@ class Unanswered(Exception):
 class Refused(UserError):
     """The server will not have such a request, however often it is sent."""
 
+    def __init__(self, why: str, failure: Failed | None = None):
+        super().__init__(why)
+        self.failure = failure  # where one request was refused, not the key or the address
+
 
 class Halt(UserError):
     """Nothing more is to be asked of the server, whatever the request."""
@@ -81,13 +89,22 @@ class Failed(Exception):
     """One sending that came to nothing."""
 
     def __init__(
-        self, why: str, *, status: int | None = None, again=True, after_s: float | None = None, taken: bool = True
+        self,
+        why: str,
+        *,
+        status: int | None = None,
+        again=True,
+        after_s: float | None = None,
+        taken: bool = True,
+        param: str = "",
+        message: str = "",
     ):
         super().__init__(why)
         self.status = status  # None: no whole answer came
         self.again = again  # another sending may do
         self.after_s = after_s  # not before, where the server says so
         self.taken = taken  # somebody was there to take the request
+        self.param, self.message = param, message  # of the API's error object, where there is one
 
     @property
     def uncounted(self) -> bool:
@@ -173,7 +190,7 @@ class Client:
                 raise Unanswered(str(failure)) from None
             if failure.status == 401:
                 raise self._no_page(f"{self.endpoint.url}{path}", failure) from None
-            raise Refused(f"{self.endpoint.url}{path} refuses the request: {failure}") from None
+            raise Refused(f"{self.endpoint.url}{path} refuses the request: {failure}", failure) from None
 
     async def _patiently(self, send: Callable[[], Awaitable[R]], *, retries: int) -> R:
         """What send gives; called again, up to so many times, where it raises Malformed or a Failed that may pass."""
@@ -188,26 +205,37 @@ class Client:
         raise AssertionError("unreachable")
 
     async def _send(self, method: str, path: str, **options: Any) -> Any:
-        """The parsed answer to one sending; raises Failed or Malformed, which never quote the key."""
+        """The parsed answer to one sending; raises Failed or Malformed. None of them holds the key."""
         import openai
 
         more = {"timeout": options.pop("timeout")} if "timeout" in options else {}
         try:
-            return await getattr(self._openai, method)(path, cast_to=object, options=more, **options)
+            return self._cleaned(await getattr(self._openai, method)(path, cast_to=object, options=more, **options))
         except openai.APIStatusError as error:
             after_s = _retry_after_s(error.response.headers)
             again = _may_pass(error.status_code) and (after_s or 0) <= LONGEST_RETRY_AFTER_S
-            why = self.without_key(_quoted(error))
-            raise Failed(why, status=error.status_code, again=again, after_s=after_s) from None
+            why = _quoted(error.status_code, self._without_key(error.response.text))
+            raise Failed(why, status=error.status_code, again=again, after_s=after_s, **_named(error.body)) from None
         except openai.APIConnectionError as error:
             taken = type(error.__cause__).__name__ not in ("ConnectError", "ConnectTimeout")
-            raise Failed(self.without_key(_cause(error)), taken=taken) from None
-        except ValueError as error:  # no JSON, or no UTF-8
-            raise Malformed(self.without_key(str(error))) from None
+            raise Failed(self._without_key(_cause(error)), taken=taken) from None
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or deeper than anything of this API
+            raise Malformed(self._without_key(str(error))) from None
 
-    def without_key(self, text: str) -> str:
-        """A text without the key, which some servers quote."""
-        return text if self.endpoint.key == Endpoint.key else text.replace(self.endpoint.key, "[key]")
+    def _cleaned(self, value: Any) -> Any:
+        """A parsed answer whose texts do not hold the key, which some servers quote, and can be written as UTF-8."""
+        if isinstance(value, str):
+            return self._without_key(whole_characters(value))
+        if isinstance(value, dict):
+            return {self._cleaned(name): self._cleaned(one) for name, one in value.items()}
+        return [self._cleaned(one) for one in value] if isinstance(value, list) else value
+
+    def _without_key(self, text: str) -> str:
+        """A text without the key, as it is and as JSON writes it."""
+        key = self.endpoint.key
+        if len(key) < SHORTEST_KEY:
+            return text
+        return text.replace(key, "[key]").replace(json.dumps(key)[1:-1], "[key]")
 
     def _no_page(self, where: str, failure: Failed) -> UserError:
         if failure.status in (401, 403):
@@ -266,6 +294,25 @@ class Client:
             )
 
 
+async def with_silences(stream: AsyncGenerator[T], every_s: float) -> AsyncGenerator[T | None]:
+    """The items of a stream, and None whenever so many seconds have passed without one."""
+    end = object()
+    following = lambda: asyncio.ensure_future(_next(stream, end))
+    coming = following()
+    try:
+        while True:
+            while not (await asyncio.wait({coming}, timeout=every_s))[0]:
+                yield None
+            if (item := coming.result()) is end:
+                return
+            yield item
+            coming = following()
+    finally:
+        coming.cancel()
+        await asyncio.gather(coming, return_exceptions=True)
+        await stream.aclose()
+
+
 def synchronously(stream: AsyncGenerator[T]) -> Iterator[T]:
     """The items of an asynchronous generator, on an event loop in a thread, where it works on between items.
 
@@ -274,9 +321,6 @@ def synchronously(stream: AsyncGenerator[T]) -> Iterator[T]:
     loop, end = asyncio.new_event_loop(), object()
     thread = threading.Thread(target=loop.run_forever, name="requests", daemon=True)
     thread.start()
-
-    async def following() -> Any:
-        return await anext(stream, end)
 
     async def leave() -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -289,7 +333,7 @@ def synchronously(stream: AsyncGenerator[T]) -> Iterator[T]:
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
 
     try:
-        while (item := wait_for(following())) is not end:
+        while (item := wait_for(_next(stream, end))) is not end:
             yield item
     finally:
         wait_for(leave())
@@ -367,8 +411,27 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-def _quoted(error: Any) -> str:
-    return f"status {error.status_code}, {error.response.text[:500].strip() or 'without a word'}"
+async def _next(stream: AsyncGenerator[T], end: Any) -> Any:
+    return await anext(stream, end)
+
+
+def whole_characters(text: str) -> str:
+    """A text with U+FFFD for each half of a surrogate pair: JSON can write one alone, and UTF-8 cannot."""
+    return _HALVES.sub("\ufffd", text)
+
+
+def _named(error: Any) -> dict[str, str]:
+    """Parameter and message of the API's error object, or of what some give in its place."""
+    if isinstance(error, dict):
+        return {
+            "param": str(error.get("param") or ""),
+            "message": str(error.get("message") or error.get("detail") or ""),
+        }
+    return {"message": error} if isinstance(error, str) else {}
+
+
+def _quoted(status: int, text: str) -> str:
+    return f"status {status}, {text[:500].strip() or 'without a word'}"
 
 
 def _cause(error: BaseException) -> str:

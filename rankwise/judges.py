@@ -53,9 +53,9 @@ class CallableJudge(_Pointwise):
     def __init__(self, function: str, *, name: str = ""):
         self.name = name or function
         self._function, self._score = function, _import(function)
-        source = Path(inspect.getsourcefile(self._score))
+        self.source = _source(function, self._score)
         more = getattr(self._score, "identity", str)()
-        self.identity = digest("callable", function, file_digest(source), more)
+        self.identity = digest("callable", function, file_digest(self.source), more)
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, question in enumerate(questions):
@@ -230,8 +230,22 @@ def _import(name: str) -> Callable[[str, str], float]:
     module_name, _, function_name = name.partition(":")
     try:
         return getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a module of the user's own may raise anything while it is imported
         raise UserError(
-            f"judge {name!r} cannot be imported ({error}); write it as package.module:function, "
-            "for example rankwise.corpus:ground_truth"
+            f"judge {name!r} cannot be imported ({type(error).__name__}: {error}); write it as "
+            "package.module:function, for example rankwise.corpus:ground_truth"
         ) from error
+
+
+def _source(name: str, score: object) -> Path:
+    """The file that a function stands in; UserError for what is none, or has no file (built in, partial, an object)."""
+    try:
+        source = inspect.getsourcefile(score) if callable(score) else None
+    except TypeError:
+        source = None
+    if source is None or not Path(source).is_file():
+        raise UserError(
+            f"judge {name!r} is a {type(score).__name__} and no Python function in a file, which is what a judge is "
+            "known by; wrap it: def judge(prompt, answer): return …"
+        )
+    return Path(source)

@@ -26,7 +26,7 @@ from rankwise.types import Row, UserError
 from rankwise.verdicts import Question, Reply
 
 COMMIT_REPLIES = 64  # replies are put into the store by so many, which is what a kill loses at most …
-COMMIT_S = 1.0  # … or when one comes and the last time was so long ago
+COMMIT_S = 1.0  # … or when one comes and the last time was so long ago, or none comes
 READ_TOGETHER = 500  # raw replies taken from the store at once
 
 
@@ -44,8 +44,10 @@ class Judge(Protocol):
     attempts: int  # times a question may be asked until a reply can be read; 1 where replies are deterministic
     samples: int  # draws of each question; 1 where replies are deterministic
 
-    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, dict[str, Any]] | None]:
         """Yield (index of the question, raw reply as JSON-able dict) in any order, as they come.
+
+        One that others answer for yields None when none has come for a while: what came before is kept then.
 
         Raises UserError or Unavailable after all that could be answered was yielded.
         """
@@ -160,9 +162,8 @@ def _ask_missing(judge: Judge, wanted: Mapping[str, Question], store: Store, wha
         if getattr(judge, "in_parts", False):
             for part in _fixed_parts(wanted):
                 # Not kept where it ends half-way, or the rest of the part would be computed without it.
-                store.put_many(
-                    dict(_asked(judge, {key: wanted[key] for key in part if key not in held}, what, progress))
-                )
+                missing = {key: wanted[key] for key in part if key not in held}
+                store.put_many(dict(filter(None, _asked(judge, missing, what, progress))))
         else:
             _keep(_asked(judge, {key: wanted[key] for key in wanted if key not in held}, what, progress), store)
     return len(wanted) - len(held)
@@ -170,10 +171,14 @@ def _ask_missing(judge: Judge, wanted: Mapping[str, Question], store: Store, wha
 
 def _asked(
     judge: Judge, missing: Mapping[str, Question], what: str, progress: Progress
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, raw reply), as they come."""
+) -> Iterator[tuple[str, dict[str, Any]] | None]:
+    """(key, raw reply), as they come; None when none does."""
     keys, questions, invalid = list(missing), list(missing.values()), 0
-    for index, raw in judge.ask(questions) if questions else ():
+    for one in judge.ask(questions) if questions else ():
+        if one is None:
+            yield None
+            continue
+        index, raw = one
         reply = judge.read(questions[index], raw)
         _check(reply, what)
         invalid += reply.values is None
@@ -181,14 +186,15 @@ def _asked(
         progress.advance(1, **({"invalid": invalid} if invalid else {}))
 
 
-def _keep(replies: Iterator[tuple[str, dict[str, Any]]], store: Store) -> None:
-    """Put replies into the store as they come; all that came is there, whatever ends them."""
+def _keep(replies: Iterator[tuple[str, dict[str, Any]] | None], store: Store) -> None:
+    """Put replies into the store as they come, and when none comes; all that came is there, whatever ends them."""
     fresh: dict[str, dict[str, Any]] = {}
     committed = time.monotonic()
     try:
-        for key, raw in replies:
-            fresh[key] = raw
-            if len(fresh) >= COMMIT_REPLIES or time.monotonic() - committed >= COMMIT_S:
+        for one in replies:
+            fresh.update([one] if one else [])
+            late = one is None or time.monotonic() - committed >= COMMIT_S
+            if fresh and (late or len(fresh) >= COMMIT_REPLIES):
                 store.put_many(fresh)
                 fresh, committed = {}, time.monotonic()
     finally:

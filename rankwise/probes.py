@@ -155,8 +155,8 @@ def battery(rows: Sequence[Row]) -> list[Probe]:
     return probes
 
 
-def ask(judge: Judge, probes: Sequence[Probe], store: Store, *, tie_below: float) -> tuple[list[Outcome], int]:
-    """What the judge makes of every probe, and how many of them it gave no valid reply to.
+def ask(judge: Judge, probes: Sequence[Probe], store: Store, *, tie_below: float) -> tuple[list[Outcome], list[Probe]]:
+    """What the judge makes of every probe, and those that it gave no valid reply to.
 
     Replies are kept in the store: asked again, nothing is asked.
     """
@@ -170,13 +170,13 @@ def ask(judge: Judge, probes: Sequence[Probe], store: Store, *, tie_below: float
     replies, _ = judge_rows(judge, asked, store, what="probes")
     by_row = defaultdict(list)
     for reply in replies:
-        by_row[reply.question.row_id].append(verdict_of(judge.name, reply))
+        by_row[reply.question.row_id].append(verdict_of(judge.name, judge.identity, reply))
     seen: dict[tuple[int, str], Pair | None] = {
         numbered[row.id][0]: next(iter(pairs_of(row, by_row[row.id])), None) for row in asked
     }
     outcomes = [_outcome(probe, seen[n, "planted"], seen.get((n, "twin")), tie_below) for n, probe in enumerate(probes)]
-    valid = [outcome for outcome in outcomes if outcome is not None]
-    return valid, len(outcomes) - len(valid)
+    unread = [probe for probe, outcome in zip(probes, outcomes) if outcome is None]
+    return [outcome for outcome in outcomes if outcome is not None], unread
 
 
 def ask_same(judge: Judge, rows: Sequence[Row], store: Store) -> list[Same]:

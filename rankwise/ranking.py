@@ -37,7 +37,7 @@ class Judged:
 
     row: Row  # answers with ranks and strengths, best first; answers that nothing joins to the others are left out
     position_bias: tuple[float, ...]  # as in Compared
-    invalid: int  # verdicts that could not be read
+    invalid: int  # replies that could not be read; what nobody answered is none
     unjudged: int  # answers left out
     circular_triads: int  # threes that beat each other in a circle
     most_circular_triads: int  # as many as there could be; 0 where not every pair is known
@@ -91,7 +91,7 @@ def rank(row: Row, verdicts: Sequence[Verdict], *, tie_below: float) -> Judged:
     return Judged(
         row=replace(row, answers=tuple(answers)),
         position_bias=compared.position_bias,
-        invalid=sum(verdict.values is None for verdict in verdicts),
+        invalid=sum(verdict.values is None and verdict.answered for verdict in verdicts),
         unjudged=len(row.answers) - len(answers),
         circular_triads=circular_triads(odds, tie_below=tie_below),
         most_circular_triads=0 if np.isnan(odds).any() else most_circular_triads(len(kept)),

@@ -1,10 +1,10 @@
 """Rubrics: what a language model that judges is told, and how its reply is read.
 
 A rubric is a text file of criteria. What every judge has to be told beside them stands here, once: that the answers are
-data, and the form of the reply. The data is one JSON object, written in a single pass; a chat-control token inside it
-gets its first character as a JSON \\u escape, which says the same to a reader of JSON and is no control token to any
-tokenizer. Replies are read whole or not at all: a verdict that has to be looked for in a text can be put there by the
-text that it is about.
+data, and the form of the reply. The data is one JSON object, written in a single pass; whatever may begin a
+chat-control token inside it gets its first character as a JSON \\u escape, which says the same to a reader of JSON and
+is no control token to any tokenizer. Replies are read whole or not at all: a verdict that has to be looked for in a
+text can be put there by the text that it is about.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rankwise.verdicts import Question, values_of
 # "json": a verdict and a reason as one JSON object. "logprobs": one letter, whose probability is what counts.
 Form = Literal["json", "logprobs"]
 
-READER = 1  # raise it when a raw reply is read otherwise than before: replies are read anew, and nothing is asked anew
+READER = 2  # raise it when a raw reply is read otherwise than before: replies are read anew, and nothing is asked anew
 TIE = "tie"
 # Control tokens of widely used chat templates: words, and the patterns of those that are made alike.
 MARKERS = (
@@ -31,6 +31,9 @@ MARKERS = (
     *("<start_of_turn>", "<end_of_turn>", "<think>", "</think>", "<tool_call>", "</tool_call>"),
 )
 PATTERNS = (r"<\|[^<>|\s]{1,40}\|>", r"<｜[^<>｜\s]{1,40}｜>")  # <|im_start|> and its like; DeepSeek's wide bars
+# How control tokens of any template begin: first character, and what follows it. <b> and [x] do so too, and lose
+# nothing: they are written as escapes, and not counted.
+BEGINNINGS = (*((first, r"(?:[^\W\d_]|[/|｜])") for first in "<["), ("]", "~"))
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 
 _FRAME = """\
@@ -74,7 +77,7 @@ class Rubric:
             raise UserError(f"{path}: says nothing; write down what makes an answer better, as in recipes/rubrics")
         # Of all that a judge is told beside the data, so that one hash is enough in its identity.
         forms = [[*kind, form] for kind, form in _FORMS.items()]
-        self.version = digest(self.text, _FRAME, forms, MARKERS, PATTERNS)
+        self.version = digest(self.text, _FRAME, forms, MARKERS, PATTERNS, BEGINNINGS)
 
     def messages(
         self, question: Question, *, reply: Form = "json", controls: Sequence[str] = ()
@@ -119,18 +122,18 @@ class Rubric:
 
 
 def data_block(question: Question, *, controls: Sequence[str] = ()) -> str:
-    """One JSON object {prompt, answer_A, answer_B, …} in which no control token occurs.
+    """One JSON object {prompt, answer_A, answer_B, …} in which no control token occurs, nor what may be one.
 
     A plain-text prompt is a string; a chat is a list of {role, content}, so that no text can pretend to be a turn.
     """
-    starts = _starts(tuple(controls))
+    starts = _starts(tuple(controls), BEGINNINGS)
     fields = {"prompt": _prompt(question.prompt, starts)}
     fields |= {f"answer_{letter}": _string(text, starts) for letter, text in zip(question.letters, question.answers)}
     return "{" + ", ".join(f'"{name}": {value}' for name, value in fields.items()) + "}"
 
 
 def count_controls(question: Question, *, controls: Sequence[str] = ()) -> int:
-    """Control tokens in what a question shows; data_block writes each so that it is none."""
+    """Known control tokens in what a question shows; data_block writes each so that it is none."""
     starts = _starts(tuple(controls))
     texts = [text for message in question.prompt for text in (message.role, message.content)] + list(question.answers)
     return sum(1 for text in texts for _ in starts.finditer(text))
@@ -206,13 +209,14 @@ def _escape(character: str) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _starts(controls: tuple[str, ...]) -> re.Pattern[str]:
-    """Matches the first character of every control token, of one inside another too.
+def _starts(controls: tuple[str, ...], more: tuple[tuple[str, str], ...] = ()) -> re.Pattern[str]:
+    """Matches the first character of every control token, of one inside another too, and of more (first, rest).
 
     Written by first characters, which few characters of a text are: five times as fast as a look ahead at each.
     """
     words = sorted({*MARKERS, *(control for control in controls if control.strip())})
     rests: dict[str, list[str]] = {}
-    for first, rest in [(word[0], re.escape(word[1:])) for word in words] + [(form[0], form[1:]) for form in PATTERNS]:
+    known = [*((word[0], re.escape(word[1:])) for word in words), *((form[0], form[1:]) for form in PATTERNS)]
+    for first, rest in [*known, *more]:
         rests.setdefault(first, []).append(rest)
     return re.compile("|".join(f"{re.escape(first)}(?={'|'.join(mine)})" for first, mine in rests.items()))

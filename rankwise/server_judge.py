@@ -20,10 +20,10 @@ from contextlib import aclosing
 from typing import Any
 
 from rankwise.budget import Budget, Spending
-from rankwise.client import Client, Endpoint, Failed, Halt, Refused, synchronously
+from rankwise.client import Client, Endpoint, Failed, Halt, Refused, synchronously, with_silences
 from rankwise.fingerprint import digest
 from rankwise.rubrics import Form, Rubric, count_controls
-from rankwise.server_replies import read_json, read_letter, usage_of, whole
+from rankwise.server_replies import read_json, read_letter, read_refusal, usage_of, whole
 from rankwise.types import UserError
 from rankwise.verdicts import Question, Reply
 
@@ -33,6 +33,9 @@ TOP = 20  # most probable tokens that are asked for; no server of those known gi
 # since a token is at least one.
 OVERHEAD = 256
 SPARE = 4  # one more question for so many places is ready to be sent, while others wait to be sent again
+SILENCE_S = 0.25  # after so long without a reply whoever keeps them may look at the clock
+FIRST_REFUSED = 20  # first questions which, all refused, tell of the recipe or the server and not of themselves
+OF_A_QUESTION = (400, 413, 422)  # statuses by which a server refuses one request: too long, a content filter
 LATER_NAME = "max_completion_tokens"  # of max_tokens, for models that reason before they reply
 
 
@@ -41,7 +44,7 @@ class ServerJudge:
 
     Args:
         name: what tables call it.
-        model: whose verdicts they are: part of the identity, and the name asked for unless the endpoint has one.
+        model: whose verdicts they are, and the name asked for unless the endpoint has one; both are in the identity.
         reply: "json" or "logprobs".
         temperature: of "json"; log-probs are those of temperature 1, whatever is drawn.
         max_reply_tokens: of "json", a reasoning model's thoughts included.
@@ -77,16 +80,21 @@ class ServerJudge:
         )
         self._model, self._later_name = endpoint.model or model, False
         self._first: str | None = None  # the model that answered first, of all runs
-        self.identity = digest("server", ASKING, model, rubric.version, reply, self._settings)
+        self.identity = digest("server", ASKING, model, self._model, rubric.version, reply, self._settings)
 
-    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """As Judge.ask; also raises UserError where the budget ends, or another model answers."""
+    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, dict[str, Any]] | None]:
+        """As Judge.ask; also raises UserError where the budget ends, another model answers, or all is refused.
+
+        A question that the server refuses by itself has the raw reply {"refused": its words}.
+        """
         return synchronously(self._answers(questions))
 
     def read(self, question: Question, raw: Mapping[str, Any]) -> Reply:
-        reply = raw["reply"]
-        choice, (prompt, completion) = reply["choices"][0], usage_of(reply) or (0, 0)
-        read, text = (read_letter if self._form == "logprobs" else read_json)(question, choice)
+        prompt, completion = usage_of(raw.get("reply")) or (0, 0)
+        if "refused" in raw:
+            read, text = read_refusal(raw["refused"])
+        else:
+            read, text = (read_letter if self._form == "logprobs" else read_json)(question, raw["reply"]["choices"][0])
         return Reply(
             question=question,
             raw=text,
@@ -100,10 +108,11 @@ class ServerJudge:
         """What this judge's asking has cost in this process."""
         return self.budget.spent(now=True)
 
-    async def _answers(self, questions: Sequence[Question]) -> AsyncGenerator[tuple[int, dict[str, Any]]]:
+    async def _answers(self, questions: Sequence[Question]) -> AsyncGenerator[tuple[int, dict[str, Any]] | None]:
         if not questions:
             return
         purse, came = _Purse(self.budget), 0
+        refused = self._refused(questions)
         async with Client(self._endpoint) as client:
             root = await self._root(client)
             stream = client.each(
@@ -113,10 +122,11 @@ class ServerJudge:
                 at_once=self._endpoint.concurrency + self._endpoint.concurrency // SPARE,
             )
             try:
-                async with aclosing(stream):
-                    async for one in stream:
-                        came += 1
-                        yield one
+                async with aclosing(with_silences(stream, SILENCE_S)) as replies:
+                    async for one in replies:
+                        for kept in refused.after(one) if one else [None]:
+                            came += kept is not None
+                            yield kept
             except Spent:
                 raise self._used_up(purse.used, came, len(questions) - came) from None
         if purse.above:
@@ -143,22 +153,24 @@ class ServerJudge:
 
     async def _answer(self, client: Client, purse: _Purse, question: Question, root: str) -> dict[str, Any]:
         body = self._body(question)
+        sendings = _Sendings(purse, body)
         try:
-            sendings = _Sendings(purse, body)
             reply = await client.post("/chat/completions", body, whole, meter=sendings.one)
         except Refused as refusal:
-            if LATER_NAME not in str(refusal) or LATER_NAME in body:
+            if _wants_later_name(refusal, body):
+                self._later_name = True
+                return await self._answer(client, purse, question, root)
+            if refusal.failure is None or refusal.failure.status not in OF_A_QUESTION:
                 raise
-            self._later_name = True
-            return await self._answer(client, purse, question, root)
+            return {"refused": str(refusal.failure), **sendings.told}
         self._check_model(str(reply.get("model") or ""), root)
-        text = json.dumps(reply, ensure_ascii=False)
-        return {
-            "reply": json.loads(client.without_key(text)),
-            "seconds": round(sendings.seconds, 3),
-            "sendings": sendings.count,
-            **({"root": root} if root else {}),
-        }
+        return {"reply": reply, **sendings.told, **({"root": root} if root else {})}
+
+    def _refused(self, questions: Sequence[Question]) -> _Refusals:
+        # What is asked again was asked with others before. A few questions may be what an earlier run has left over.
+        few = len(questions) < FIRST_REFUSED
+        known = questions[0].attempt > 0 or self._first or (few and self.budget.has_seen(self.identity))
+        return _Refusals(f"{self.name}: {self._endpoint.url}", len(questions), known=bool(known))
 
     def _body(self, question: Question) -> dict[str, Any]:
         body = {
@@ -205,6 +217,35 @@ class Spent(Halt):
         super().__init__("the budget is spent")
 
 
+class _Refusals:
+    """Replies in the order in which they may be kept: refusals once the server has taken any question.
+
+    Where it refuses all of the first, the trouble is the recipe's or the server's; what was kept then would stay.
+    """
+
+    def __init__(self, where: str, count: int, *, known: bool):
+        self._where, self._taken = where, known
+        self._open = set(range(min(count, FIRST_REFUSED)))  # numbers of the first that are not refused so far
+        self._held: list[tuple[int, dict[str, Any]]] = []
+
+    def after(self, one: tuple[int, dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
+        """What may be kept now that this one has come; raises UserError where all of the first are refused."""
+        number, raw = one
+        self._taken = self._taken or "refused" not in raw
+        self._held.append(one)
+        self._open.discard(number)
+        if not self._taken:
+            if not self._open:
+                raise UserError(
+                    f"{self._where} refuses the first {min(len(self._held), FIRST_REFUSED)} questions, so no more are "
+                    f"asked and none of this is kept: {raw['refused']}; correct the judge's parameters or the server, "
+                    "or give it shorter rows, then run this again"
+                )
+            return []
+        held, self._held = self._held, []
+        return held
+
+
 class _Purse:
     """The budget, for requests under way at once in one event loop."""
 
@@ -249,6 +290,10 @@ class _Sendings:
         self._most = len(json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")) + OVERHEAD + reply
         self.count, self.seconds = 0, 0.0
 
+    @property
+    def told(self) -> dict[str, Any]:
+        return {"seconds": round(self.seconds, 3), "sendings": self.count}
+
     @contextlib.asynccontextmanager
     async def one(self) -> AsyncIterator[Callable[[Any], None]]:
         """A rankwise.client.Meter."""
@@ -269,6 +314,14 @@ class _Sendings:
         finally:
             self.seconds = time.monotonic() - began
             self._purse.give_back(charge, used)
+
+
+def _wants_later_name(refusal: Refused, body: Mapping[str, Any]) -> bool:
+    """Whether max_tokens is refused in favour of its later name; a filter may quote that from an answer."""
+    failure = refusal.failure
+    if failure is None or LATER_NAME in body or LATER_NAME not in failure.message + failure.param:
+        return False
+    return failure.param == "max_tokens" or LATER_NAME not in json.dumps(body["messages"])
 
 
 def _shown(question: Question) -> str:

@@ -7,9 +7,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rankwise.client import Malformed
+from rankwise.client import Malformed, whole_characters
 from rankwise.rubrics import Rubric
 from rankwise.verdicts import Question, said_of
+
+LARGEST_COUNT = 2**24  # tokens of one reply; above any model's, and the table's 32 bits hold a sum of a hundred
+LEAST_MASS = 1e-6  # that probabilities leave over; as float32 they are no more exact
 
 
 def whole(reply: Any) -> dict[str, Any]:
@@ -23,7 +26,7 @@ def whole(reply: Any) -> dict[str, Any]:
 
 
 def usage_of(reply: Any) -> tuple[int, int] | None:
-    """Tokens of prompt and reply as the server counts them, if it does.
+    """Tokens of prompt and reply as the server counts them, if it does and they can be true.
 
     Where the total is above their sum it holds thoughts that the count of the reply leaves out.
     """
@@ -34,7 +37,8 @@ def usage_of(reply: Any) -> tuple[int, int] | None:
     if type(prompt) is not int or prompt < 0:
         return None
     counts = [completion if type(completion) is int else 0, total - prompt if type(total) is int else 0]
-    return prompt, max(0, *counts)
+    found = prompt, max(0, *counts)
+    return found if max(found) <= LARGEST_COUNT else None
 
 
 def read_json(question: Question, choice: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -45,29 +49,46 @@ def read_json(question: Question, choice: Mapping[str, Any]) -> tuple[dict[str, 
         why = {"length": "the reply was cut at max_reply_tokens", "content_filter": "the server's filter took it back"}
         reason = f"the judge will not say: {refusal}" if refusal else why.get(ended, f"it ended with {ended!r}")
         return {"values": None, "said": "", "reason": reason}, text if isinstance(text, str) else ""
-    return Rubric.read(question, text), text
+    read = Rubric.read(question, text)
+    return {**read, "reason": whole_characters(read["reason"])}, text
+
+
+def read_refusal(why: str) -> tuple[dict[str, Any], str]:
+    """As read_json, of a question that the server would not have."""
+    return {"values": None, "said": "", "mass": 0.0, "reason": f"the server will not have the question: {why}"}, ""
 
 
 def read_letter(question: Question, choice: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Fields of Reply, and the tokens that they are read from, as JSON.
 
     Each letter has the probability of all listed tokens that are this letter but for blanks around it. One that is not
-    listed is at most as probable as the last that is, and is taken to be so.
+    listed is taken to be as probable as it can be: as the last that is, and no more than all that are leave over. Where
+    that is no less than the most probable letter, nothing tells the letters apart.
     """
     listed = _listed(choice)
     text = json.dumps(listed, ensure_ascii=False)
     found = {letter: [logp for token, logp in listed if token.strip() == letter] for letter in question.letters}
     if not any(found.values()):
         return {"values": None, "said": "", "mass": 0.0, "reason": "no letter among the tokens that are told"}, text
-    least = min(logp for _, logp in listed)
-    values = tuple(_log_sum(logps) if logps else least for logps in found.values())
-    absent = [letter for letter, logps in found.items() if not logps]
+    told = {letter: _log_sum(logps) for letter, logps in found.items() if logps}
+    mass = min(1.0, math.fsum(map(math.exp, told.values())))
+    absent = [letter for letter in question.letters if letter not in told]
+    most = _most(listed)
+    if absent and most >= max(told.values()):
+        return {"values": None, "said": "", "mass": mass, "reason": "too few tokens are told to bound the others"}, text
+    values = tuple(told.get(letter, most) for letter in question.letters)
     return {
         "values": values,
-        "mass": min(1.0, math.fsum(math.exp(_log_sum(logps)) for logps in found.values() if logps)),
+        "mass": mass,
         "said": said_of(values, question.letters),
-        "reason": f"not told, so taken as the least probable told: {', '.join(absent)}" if absent else "",
+        "reason": f"not told, so taken as probable as can be: {', '.join(absent)}" if absent else "",
     }, text
+
+
+def _most(listed: Sequence[tuple[str, float]]) -> float:
+    """The log-prob, nats, that a token which is not listed can have at most."""
+    left = 1 - math.fsum(math.exp(logp) for _, logp in listed)
+    return min(*(logp for _, logp in listed), math.log(max(left, LEAST_MASS)))
 
 
 def _listed(choice: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from rankwise.stored_lines import Line, Vote, annotator_of, names_of, read_line,
 from rankwise.types import UserError
 from rankwise.verdicts import Question, Reply, said_of, values_of
 
-READER = 1  # raise it when lines are read otherwise than before
+READER = 2  # raise it when lines are read otherwise than before
 SHOWN = 10  # bad lines named in a message
 
 
@@ -70,17 +70,33 @@ class StoredJudge:
             yield index, raw
 
     def read(self, question: Question, raw: Mapping[str, Any]) -> Reply:
-        """The votes pooled; values None where there are none."""
+        """The votes pooled; not answered where there are none; orderless where each of them holds for both orders."""
         votes = raw["votes"]
         text = json.dumps(raw, ensure_ascii=False, sort_keys=True)
         if not votes:
             why = "the file holds no verdict on this question"
             if raw.get("other_order_alone"):
                 why += " in this order, only in the other one; order: none would say that it holds for both"
-            return Reply(question=question, values=None, reason=why, raw=text)
+            return Reply(question=question, values=None, reason=why, raw=text, answered=False)
         values = pooled(votes, question.letters)
         reasons = "; ".join(vote["reason"] for vote in votes if vote["reason"])
-        return Reply(question=question, values=values, said=said_of(values, question.letters), reason=reasons, raw=text)
+        return Reply(
+            question=question,
+            values=values,
+            said=said_of(values, question.letters),
+            reason=reasons,
+            raw=text,
+            orderless=all(vote["orderless"] for vote in votes),
+        )
+
+    def idle(self, questions: Iterable[Question]) -> tuple[int, int]:
+        """(lines that speak of none of these questions, all lines); many are a sign of a file on other texts."""
+        spoken: set[str] = set()
+        for question in questions:
+            for texts in (question.answers, question.answers[::-1], ()):
+                spoken.update(names_of(question, texts))
+        sizes = {name: len(lines) for found in (self._votes, self._rankings) for name, lines in found.items()}
+        return sum(size for name, size in sizes.items() if name not in spoken), sum(sizes.values())
 
     def _found(self, question: Question) -> list[Vote]:
         """What the file says to a question."""
@@ -107,7 +123,11 @@ class StoredJudge:
         """What rankings of these answers, and perhaps of others, say of these."""
         lines = [line for name in names_of(question, ()) for line in self._rankings.get(name, ())]
         return [
-            replace(line.vote, said=said_of([-line.ranks[text] for text in question.answers], question.letters))
+            replace(
+                line.vote,
+                said=said_of([-line.ranks[text] for text in question.answers], question.letters),
+                orderless=True,
+            )
             for line in lines
             if all(text in line.ranks for text in question.answers)
         ]
@@ -185,7 +205,7 @@ def _spell(vote: Vote) -> str:
 
 
 def _as_json(vote: Vote) -> dict[str, Any]:
-    return {name: getattr(vote, name) for name in ("place", "annotator", "said", "value", "reason")}
+    return {name: getattr(vote, name) for name in ("place", "annotator", "said", "value", "reason", "orderless")}
 
 
 def _told(path: Path, what: str, problems: Sequence[str]) -> UserError:

@@ -22,6 +22,7 @@ import gzip
 import itertools
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Any
 from rankwise.fingerprint import digest
 from rankwise.rows import read_table
 from rankwise.types import Message, UserError, show_prompt
-from rankwise.verdicts import Question
+from rankwise.verdicts import Question, texts_digest
 
 SWAPPED = {"A": "B", "B": "A", "tie": "tie"}
 FIELDS_UP_TO = 2**31 - 1  # bytes of one field of a CSV file
@@ -63,7 +64,7 @@ class Line:
 
 def question_key(prompt: Sequence[Message], answers: Sequence[str]) -> str:
     """Name of a question: its prompt and its answers in the order shown, whatever row they stand in."""
-    return f"q{digest([[turn.role, turn.content] for turn in prompt], list(answers))}"
+    return f"q{texts_digest(prompt, answers)}"
 
 
 def names_of(question: Question, answers: Sequence[str]) -> list[str]:
@@ -207,7 +208,7 @@ def _lines(path: Path) -> Iterator[str]:
             yield from handle
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: no UTF-8 text ({error}); save it as UTF-8 (spreadsheets: CSV UTF-8)") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
 
 
@@ -219,6 +220,8 @@ def _objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}: line {number}: not JSON: {error.msg} at column {error.colno}") from None
+        except RecursionError:
+            raise UserError(f"{path}: line {number}: nested too deep; an object was expected") from None
         if not isinstance(record, dict):
             raise UserError(f"{path}: line {number}: an object with named columns was expected")
         yield f"line {number}", record

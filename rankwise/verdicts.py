@@ -8,14 +8,15 @@ differs from run to run: no seconds, and of answers shown again (copies of a row
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
+from rankwise.fingerprint import digest
 from rankwise.rows import read_table, write_table
-from rankwise.types import Message, UserError
+from rankwise.types import Message, Row, UserError
 
 LOG3 = math.log(3)  # log-odds of one verdict without probabilities: Anscombe's empirical logit, log((1 + ½) / (0 + ½))
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # what answers are called, in the order shown
@@ -23,6 +24,8 @@ SCHEMA = pa.schema(
     [
         ("row_id", pa.string()),
         ("judge", pa.string()),
+        ("identity", pa.string()),
+        ("texts", pa.string()),
         ("shown", pa.list_(pa.int32())),  # places in the row, in the order shown
         ("sample", pa.int32()),
         ("attempts", pa.int32()),
@@ -33,6 +36,8 @@ SCHEMA = pa.schema(
         ("raw", pa.string()),
         ("prompt_tokens", pa.int32()),
         ("completion_tokens", pa.int32()),
+        ("answered", pa.bool_()),
+        ("orderless", pa.bool_()),
     ]
 )
 
@@ -74,6 +79,8 @@ class Reply:
     prompt_tokens: int = 0
     completion_tokens: int = 0  # of all attempts together
     controls: int = 0  # control tokens found in what was shown, and written so that they are none
+    answered: bool = True  # False: nobody could be asked (a file does not speak of it), which is no unreadable reply
+    orderless: bool = False  # given without an order: what was said stands for both orders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +89,8 @@ class Verdict:
 
     row_id: str
     judge: str  # its name; unique within a panel
+    identity: str = ""  # of the judge that said it, Judge.identity; "": not known
+    texts: str = ""  # texts_digest of what was shown; "": not known
     shown: tuple[int, ...]  # places in the row, in the order shown
     sample: int
     attempts: int  # times the question was asked
@@ -92,6 +101,13 @@ class Verdict:
     raw: str
     prompt_tokens: int
     completion_tokens: int
+    answered: bool = True  # as in Reply
+    orderless: bool = False
+
+
+def texts_digest(prompt: Sequence[Message], texts: Sequence[str]) -> str:
+    """Name of what was shown: a prompt and answers' texts in the order shown, whatever row they stand in."""
+    return digest([[turn.role, turn.content] for turn in prompt], list(texts))
 
 
 def values_of(said: str, letters: str) -> tuple[float, ...]:
@@ -124,12 +140,14 @@ def said_of(values: Sequence[float], letters: str) -> str:
     return "tie" if len(groups) == 1 else next(iter(groups.values()))[0]
 
 
-def verdict_of(judge: str, reply: Reply) -> Verdict:
-    """A judge's reply as a row of the table."""
+def verdict_of(judge: str, identity: str, reply: Reply) -> Verdict:
+    """The reply of a judge, by name and identity, as a row of the table."""
     question = reply.question
     return Verdict(
         row_id=question.row_id,
         judge=judge,
+        identity=identity,
+        texts=texts_digest(question.prompt, question.answers),
         shown=question.places,
         sample=question.sample,
         attempts=question.attempt + 1,
@@ -140,19 +158,27 @@ def verdict_of(judge: str, reply: Reply) -> Verdict:
         raw=reply.raw,
         prompt_tokens=reply.prompt_tokens,
         completion_tokens=reply.completion_tokens,
+        answered=reply.answered,
+        orderless=reply.orderless,
     )
 
 
-def write_verdicts(path: Path, replies: Iterable[tuple[str, Reply]]) -> int:
-    """Write (judge's name, reply) pairs as one table, sorted by row id, else in the order given; returns how many."""
-    ordered = sorted(replies, key=lambda pair: pair[1].question.row_id)
-    records = [asdict(verdict_of(judge, reply)) for judge, reply in ordered]
+def write_verdicts(path: Path, replies: Iterable[tuple[str, str, Reply]]) -> int:
+    """Write (judge's name, its identity, reply) as one table, sorted by row id, else in the order given; how many."""
+    ordered = sorted(replies, key=lambda told: told[2].question.row_id)
+    records = [asdict(verdict_of(*told)) for told in ordered]
     write_table(path, pa.Table.from_pylist(records, schema=SCHEMA))
     return len(ordered)
 
 
-def read_verdicts(path: Path) -> dict[str, list[Verdict]]:
-    """The verdicts on each row, by row id; raises UserError where the file is missing or is no such table."""
+def read_verdicts(path: Path, rows: Mapping[str, Row] | None = None) -> dict[str, list[Verdict]]:
+    """The verdicts on each row, by row id.
+
+    Args:
+        rows: by id, the rows that were judged: each verdict has to be on texts that stand there, place by place.
+
+    Raises UserError where the file is missing, is no such table, or speaks of other texts than rows hold.
+    """
     table = read_table(path)
     if missing := [name for name in SCHEMA.names if name not in table.column_names]:
         raise UserError(
@@ -163,5 +189,22 @@ def read_verdicts(path: Path) -> dict[str, list[Verdict]]:
     for record in table.select(SCHEMA.names).to_pylist():
         values = None if record["values"] is None else tuple(record["values"])
         verdict = Verdict(**{**record, "shown": tuple(record["shown"]), "values": values})
+        if rows is not None and (why := _foreign(verdict, rows)):
+            raise UserError(
+                f"{path}: row {verdict.row_id!r}, a verdict of {verdict.judge}: {why}; the tables do not belong "
+                "together: run the stage verdicts again on these rows, or name the rows that were judged"
+            )
         found.setdefault(verdict.row_id, []).append(verdict)
     return found
+
+
+def _foreign(verdict: Verdict, rows: Mapping[str, Row]) -> str:
+    """Why the verdict is not on one of these rows; "" where it is."""
+    if verdict.row_id not in rows:
+        return "no row has this id"
+    row = rows[verdict.row_id]
+    if not all(0 <= place < len(row.answers) for place in verdict.shown):
+        return f"it is on places {[*verdict.shown]}, and the row has {len(row.answers)} answers"
+    if verdict.texts != texts_digest(row.prompt, [row.answers[place].text for place in verdict.shown]):
+        return f"it is on other texts than the row's prompt and its answers at {[*verdict.shown]}"
+    return ""

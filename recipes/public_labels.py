@@ -163,9 +163,10 @@ def write(labels: Labels, folder: Path) -> dict[str, int]:
         write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))  # noqa: B023
         voters = sorted({line.get("annotator", "") for line in lines}) if name == PEOPLE else [""]
         replies = [
-            (voter or name, reply)
+            (voter or name, judge.identity, reply)
             for voter in voters
-            for reply in replies_of(StoredJudge(path, annotator=voter), labels.rows, lines, voter)
+            for judge in [StoredJudge(path, annotator=voter)]
+            for reply in replies_of(judge, labels.rows, lines, voter)
         ]
         counts[name] = write_verdicts(folder / "verdicts" / f"{name}.parquet", replies)
     return counts

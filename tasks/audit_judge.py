@@ -7,16 +7,16 @@ stops the run where a measure lies beyond its gate. Replies to the battery are k
     python -m tasks.audit_judge
     python -m tasks.audit_judge --rollouts ROWS --verdicts TABLE --gold TABLE     tables made elsewhere
 
-Gold labels are ranked rows (the judge is asked about them where the table of verdicts does not know them), or a table
-of verdicts on the rollouts, people's votes for instance.
+Gold labels are ranked rows (the judge is asked about those whose texts the table of verdicts does not know), a table of
+verdicts on the rollouts, each judge in it a vote, or a file of stored verdicts (.csv, .jsonl), each annotator a vote.
+They are held against the judge's word by prompt and texts, whatever rows and places these stand in.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +93,7 @@ class Tables:
     rows: dict[str, Row]  # by id
     given: dict[str, dict[str, list[Verdict]]]  # judge -> row id -> verdicts
     gold: Gold  # labels of pairs
-    gold_rows: list[Row]  # rows that a judge may be asked about; empty where gold is a table of verdicts
+    gold_rows: list[Row]  # rows that a judge may be asked about; empty where gold speaks of the rollouts
     no_gold: str  # why there is none
 
 
@@ -102,8 +102,17 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     audits = _audits(tables, params, paths, stage)
     together = _panel(tables, params) if len(tables.given) > 1 else None
     limits = asdict(params.gates)
-    _write(audits, together, limits, paths, stage)
-    _stop(audits, together, limits, paths)
+    failed = _failed(audits, together, limits)
+    _write(audits, together, limits, len(failed), paths, stage)
+    _stop(failed, limits, paths)
+
+
+def _failed(
+    audits: Mapping[str, Audit], together: Panel | None, limits: Mapping[str, float | None]
+) -> list[tuple[str, Measure]]:
+    """(judge's name, measure) of every gate that fails; the panel's after those of its judges."""
+    failed = [(audit.name, measure) for audit in audits.values() for measure in audit.failed(limits)]
+    return failed + ([("the panel", together.alpha)] if together and together.failed(limits) else [])
 
 
 # Gathering -----------------------------------------------------------------------------------------------------------
@@ -115,26 +124,54 @@ def _tables(params: Params, paths: Paths) -> Tables:
 
     rows = {row.id: row for row in read_rows(paths.rollouts)}
     given: dict[str, dict[str, list[Verdict]]] = {}
-    for row_id, mine in read_verdicts(paths.verdicts).items() if rows else ():
-        if row_id not in rows:
-            raise UserError(
-                f"{paths.verdicts}: a verdict on row {row_id!r}, which is not in {paths.rollouts}; the tables do not "
-                "belong together: run the stage verdicts again, or name the rows that were judged with --rollouts"
-            )
+    for row_id, mine in read_verdicts(paths.verdicts, rows).items() if rows else ():
         for verdict in mine:
             given.setdefault(verdict.judge, {}).setdefault(row_id, []).append(verdict)
-    gold: dict = defaultdict(list)
-    if "values" in read_table(paths.gold).column_names:
-        for pair, vote in _votes(rows, read_verdicts(paths.gold), params.tie_below):
-            gold[pair.row_id, pair.places].append(vote)
+    votes = _gold_verdicts(paths.gold, rows)
+    if votes is not None:
+        why = f"{paths.gold} speaks of none of the pairs"
         return Tables(
-            rows=rows, given=given, gold=gold, gold_rows=[], no_gold=f"{paths.gold} speaks of none of the pairs"
+            rows=rows, given=given, gold=_gold(_votes(rows, votes, params.tie_below)), gold_rows=[], no_gold=why
         )
     labelled = [row for row in read_rows(paths.gold) if len(row.ranked) > 1]
-    for pair in (pair for row in labelled for pair in ranked_pairs(row)):
-        gold[pair.row_id, pair.places].append(int(pair.preference))
-    why = f"{paths.gold} holds no ranked row" if not labelled else "the judge was not asked about them"
+    gold = _gold((pair, int(pair.preference)) for row in labelled for pair in ranked_pairs(row))
+    why = "the judge gave no verdict on its rows" if labelled else f"{paths.gold} holds no ranked row"
     return Tables(rows=rows, given=given, gold=gold, gold_rows=labelled, no_gold=why)
+
+
+def _gold(labels: Iterable[tuple[Pair, int]]) -> Gold:
+    """(pair, label) by what the pair is about."""
+    found = defaultdict(list)
+    for pair, one in labels:
+        found[pair.about].append(one * pair.side)
+    return found
+
+
+def _gold_verdicts(path: Path, rows: Mapping[str, Row]) -> Mapping[str, Sequence[Verdict]] | None:
+    """What a table or a file of verdicts says of the rows, by row id; None where it holds ranked rows."""
+    from rankwise.verdicts import read_verdicts
+
+    if path.name.removesuffix(".gz").endswith((".csv", ".jsonl")):
+        return _annotators(path, rows)
+    if "values" not in read_table(path).column_names:
+        return None
+    return read_verdicts(path, rows) if rows else {}
+
+
+def _annotators(path: Path, rows: Mapping[str, Row]) -> Mapping[str, Sequence[Verdict]]:
+    """What each annotator of a file of stored verdicts says of the rows' pairs, by row id."""
+    from rankwise.judging import first_questions
+    from rankwise.stored_judge import StoredJudge
+    from rankwise.verdicts import verdict_of
+
+    judge = StoredJudge(path)
+    asked = [q for row in rows.values() for q in first_questions(row, judge, pairs_up_to=_all_pairs([row]))]
+    found = defaultdict(list)
+    for index, raw in judge.ask(asked):
+        for vote in raw["votes"]:
+            reply = judge.read(asked[index], {**raw, "votes": [vote]})
+            found[asked[index].row_id].append(verdict_of(vote["annotator"], judge.identity, reply))
+    return found
 
 
 def _votes(
@@ -147,7 +184,7 @@ def _votes(
         votes = defaultdict(list)
         for verdict in mine:
             votes[verdict.judge, verdict.sample].append(verdict)
-        for one in votes.values() if row_id in rows else ():
+        for one in votes.values():
             yield from ((pair, label(pair.preference, tie_below)) for pair in pairs_of(rows[row_id], one))
 
 
@@ -182,6 +219,14 @@ def _members(tables: Tables, params: Params, paths: Paths, stage: Stage) -> Iter
                 f"{member.judge.name} (verdicts.{member.section}): another judge would be audited than the one that "
                 "labels. Run the stage verdicts first, or set audit_judge.probes to 0 to audit the table alone"
             )
+        mine = tables.given.get(member.judge.name, {})
+        if any(verdict.identity != member.judge.identity for found in mine.values() for verdict in found):
+            raise UserError(
+                f"{paths.verdicts} holds verdicts of {member.judge.name} as it was, and it has changed since: its "
+                f"weights, rubric, file or parameters (verdicts.{member.section}). Another judge would be audited than "
+                "the one that labels: run the stage verdicts first, or set audit_judge.probes to 0 to audit the table "
+                "alone"
+            )
         yield member
 
 
@@ -197,19 +242,18 @@ def _material(name: str, member: Member | None, tables: Tables, params: Params, 
         verdicts=[verdict for found in mine.values() for verdict in found],
         pairs=[pair for row_id, found in mine.items() for pair in _pairs(tables.rows[row_id], found)],
     )
-    if any(one_line(found) for found in mine.values()):
+    if any(orderless(found) for found in mine.values()):
         material.missing["orders"] = "one stored verdict stands for both orders of a pair"
     material.compared = compare(material.pairs, tables.gold)
-    material.missing["gold"] = tables.no_gold
+    material.missing["gold"] = tables.no_gold if member or not tables.gold_rows else "the judge was not asked about it"
     if member is None:
         why = "params.yaml does not name this judge" if params.probes else "audit_judge.probes is 0: nothing is asked"
         material.missing |= {"probes": why, "same": why}
         return material
     material.missing["same"] = "scores each answer by itself: one text, one score"
     with Store(stage.store("verdicts")) as store:
-        if not material.compared:
-            pairs = _asked_about_gold(member, tables.gold_rows[: params.labelled], store)
-            material.compared = compare(pairs, tables.gold)
+        unknown = _unknown(tables.gold_rows, material.pairs)[: params.labelled]
+        material.compared += compare(_asked_about_gold(member, unknown, material.pairs, store), tables.gold)
         if member.params.kind == "stored":
             material.missing |= dict.fromkeys(("probes", "same"), "its replies are in a file: it answers nothing new")
             return material
@@ -224,28 +268,45 @@ def _pairs(row: Row, verdicts: Sequence[Verdict]) -> list[Pair]:
     """The row's pairs; without their orders where these are one stored verdict, which shows no order's effect."""
     from rankwise.agreement import pairs_of
 
-    alike = one_line(verdicts)
+    alike = orderless(verdicts)
     return [replace(pair, orders=None) if pair.places in alike else pair for pair in pairs_of(row, verdicts)]
 
 
-def one_line(verdicts: Sequence[Verdict]) -> set[tuple[int, int]]:
-    """Pairs (i, j), i < j, whose two orders come from the same lines of a file of stored verdicts."""
-    lines = {}
-    for verdict in (v for v in verdicts if len(v.shown) == 2 and v.raw.startswith('{"votes": [{')):
-        lines[tuple(verdict.shown)] = [vote["place"] for vote in json.loads(verdict.raw)["votes"]]
-    return {(i, j) for i, j in lines if i < j and lines.get((j, i)) == lines[i, j]}
+def orderless(verdicts: Sequence[Verdict]) -> set[tuple[int, int]]:
+    """Pairs (i, j), i < j, on which what was said in one order stands for both."""
+    return {tuple(sorted(verdict.shown)) for verdict in verdicts if len(verdict.shown) == 2 and verdict.orderless}
 
 
-def _asked_about_gold(member: Member, rows: Sequence[Row], store: Store) -> list[Pair]:
+def _unknown(rows: Sequence[Row], pairs: Sequence[Pair]) -> list[Row]:
+    """The gold rows with a pair of texts that is none of these pairs'."""
+    from rankwise.agreement import ranked_pairs
+
+    known = {pair.about for pair in pairs}
+    return [row for row in rows if any(pair.about not in known for pair in ranked_pairs(row))]
+
+
+def _asked_about_gold(member: Member, rows: Sequence[Row], known: Sequence[Pair], store: Store) -> list[Pair]:
+    """What the judge, asked now, says of gold rows' pairs that are not known; the same texts in two rows count once."""
     from rankwise.agreement import pairs_of
     from rankwise.judging import judge_rows
     from rankwise.verdicts import verdict_of
 
-    replies, _ = judge_rows(member.judge, rows, store, what="gold rows", pairs_up_to=member.params.pairs_up_to)
+    # A file may hold pairs alone, and costs nothing: it is asked about every pair.
+    pairs_up_to = _all_pairs(rows) if member.params.kind == "stored" else member.params.pairs_up_to
+    replies, _ = judge_rows(member.judge, rows, store, what="gold rows", pairs_up_to=pairs_up_to)
     found = defaultdict(list)
     for reply in replies:
-        found[reply.question.row_id].append(verdict_of(member.judge.name, reply))
-    return [pair for row in rows for pair in pairs_of(row, found[row.id])]
+        found[reply.question.row_id].append(verdict_of(member.judge.name, member.judge.identity, reply))
+    asked = {pair.about: pair for row in rows for pair in pairs_of(row, found[row.id])}
+    for pair in known:
+        asked.pop(pair.about, None)
+    # Ids are unique within one file alone: gold's row "0" is not the rollouts'.
+    return [replace(pair, row_id=f"gold {pair.row_id}") for pair in asked.values()]
+
+
+def _all_pairs(rows: Sequence[Row]) -> int:
+    """The pairs_up_to with which every pair of these rows is asked about."""
+    return max((len(row.answers) for row in rows), default=2)
 
 
 def _panel(tables: Tables, params: Params) -> Panel:
@@ -263,7 +324,12 @@ def _panel(tables: Tables, params: Params) -> Panel:
 
 
 def _write(
-    audits: Mapping[str, Audit], together: Panel | None, limits: Mapping[str, float | None], paths: Paths, stage: Stage
+    audits: Mapping[str, Audit],
+    together: Panel | None,
+    limits: Mapping[str, float | None],
+    failed: int,
+    paths: Paths,
+    stage: Stage,
 ) -> None:
     from tasks.audit_page import draw_plots, html_page, markdown_page
 
@@ -278,7 +344,6 @@ def _write(
             # Prices are of the environment: the tracker sees them, DVC must not.
             stage.tracker.metrics({f"{section}/price_per_1000_verdicts": audit.cost["price_per_1000"]}, step=None)
     found = {section: _numbers(audit, limits) for section, audit in audits.items()}
-    failed = sum(len(audit.failed(limits)) for audit in audits.values())
     more = {"panel": _panel_numbers(together, limits)} if together else {}
     stage.finish({"judges": len(audits), "gates_failed": failed, **found, **more})
 
@@ -297,7 +362,9 @@ def _numbers(audit: Audit, limits: Mapping[str, float | None]) -> dict[str, Any]
         "calibration": [asdict(one) for one in audit.curve],
         **({"position_bias_nats": audit.bias_nats.as_dict()} if audit.bias_nats else {}),
         "cost": {name: value for name, value in audit.cost.items() if name != "price_per_1000"},
-        "probes_without_reply": audit.unread_probes,
+        "questions": audit.answered[1],
+        "answered": audit.answered[0],
+        "probes_without_reply": sum(count - valid for by in audit.read.values() for valid, count in by.values()),
     }
 
 
@@ -321,14 +388,9 @@ def _panel_numbers(together: Panel, limits: Mapping[str, float | None]) -> dict[
     return {"panel_alpha": _measure(together.alpha, limits["panel_alpha"]), "two": two}
 
 
-def _stop(
-    audits: Mapping[str, Audit], together: Panel | None, limits: Mapping[str, float | None], paths: Paths
-) -> None:
+def _stop(failed: Sequence[tuple[str, Measure]], limits: Mapping[str, float | None], paths: Paths) -> None:
     from tasks.audit_page import said
 
-    failed = [(audit.name, measure) for audit in audits.values() for measure in audit.failed(limits)]
-    if together is not None and together.alpha.status(limits["panel_alpha"]) == "fail":
-        failed.append(("the panel", together.alpha))
     if failed:
         many = "gates fail" if len(failed) > 1 else "gate fails"
         told = [f"audit_judge: {len(failed)} {many}, so nothing is trained on these labels"]

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
 
 from rankwise.agreement import (
     Bin,
@@ -18,9 +21,9 @@ from rankwise.agreement import (
     by_row,
     calibration,
     calibration_error,
+    clustered_kappa,
     clustered_mean,
     clustered_share,
-    cohen_kappa,
     confusion,
     either_way,
     first_share,
@@ -34,12 +37,12 @@ from rankwise.agreement import (
     tie_rate,
     win,
 )
-from rankwise.evaluation import Estimate, share
-from rankwise.probes import Outcome, Same, by_name
+from rankwise.evaluation import Estimate
+from rankwise.probes import Outcome, Probe, Same, by_name
 from rankwise.verdicts import Verdict
 
 Status = Literal["pass", "fail", "open", "reported", "not measured"]
-Gold = Mapping[tuple[str, tuple[int, int]], Sequence[int]]  # (row id, places) -> labels, one a vote
+Gold = Mapping[str, Sequence[int]]  # Pair.about -> labels, one a vote: 1 is the text that sorts first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +172,7 @@ class Material:
     verdicts: list[Verdict] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
-    unread_probes: int = 0
+    unread_probes: list[Probe] = field(default_factory=list)
     same: list[Same] = field(default_factory=list)
     compared: list[Compared] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)  # "orders" | "probes" | "same" | "gold" -> why
@@ -190,7 +193,8 @@ class Audit:
     agreement: dict[str, Estimate]  # "three_ways", "both_decide"
     curve: list[Bin]
     cost: dict[str, float]
-    unread_probes: int
+    answered: tuple[int, int]  # questions that it could be asked, of all
+    read: dict[str, dict[str, tuple[int, int]]]  # family -> probe -> (with a valid reply, all)
 
     def failed(self, limits: Mapping[str, float | None]) -> list[Measure]:
         return [measure for measure in self.measures if measure.status(limits[measure.name]) == "fail"]
@@ -213,6 +217,9 @@ class Panel:
     alpha: Measure
     two: list[Two]
 
+    def failed(self, limits: Mapping[str, float | None]) -> bool:
+        return self.alpha.status(limits[self.alpha.name]) == "fail"
+
 
 def audit(material: Material, *, tie_below: float, price: tuple[float, float]) -> Audit:
     """Every measure of one judge.
@@ -220,18 +227,19 @@ def audit(material: Material, *, tie_below: float, price: tuple[float, float]) -
     Args:
         price: money per million tokens in and out; 0 where it is not known.
     """
+    read = _read(material)
     shifts = {family: _shifts(by_name(material.outcomes, family)) for family in ("injection", "padding")}
     wins = {"worse": _wins(material.outcomes, "worse"), "null": _wins(material.outcomes, "null")}
     table = confusion([label(c.preference, tie_below) for c in material.compared], [c.gold for c in material.compared])
-    curve = calibration([c.preference for c in material.compared], [c.gold for c in material.compared])
+    curve = calibration(*([getattr(c, name) for c in material.compared] for name in ("preference", "gold", "row_id")))
     ordered = [pair for pair in material.pairs if pair.orders]
     return Audit(
         name=material.name,
         measures=[
-            *_gold_measures(material, table, curve, tie_below),
+            *_gold_measures(material, curve, tie_below),
             *_order_measures(material, ordered, tie_below),
             *_reply_measures(material, tie_below),
-            *_probe_measures(material, shifts, wins, tie_below),
+            *_probe_measures(material, shifts, wins, read, tie_below),
         ],
         shifts=shifts,
         wins=wins,
@@ -241,17 +249,18 @@ def audit(material: Material, *, tie_below: float, price: tuple[float, float]) -
         confusion=table.tolist() if material.compared else None,
         agreement=_agreements(material.compared, tie_below),
         curve=curve,
-        cost=_cost(material.verdicts, price),
-        unread_probes=material.unread_probes,
+        cost=_cost([verdict for verdict in material.verdicts if verdict.answered], price),
+        answered=(sum(verdict.answered for verdict in material.verdicts), len(material.verdicts)),
+        read=read,
     )
 
 
 def compare(pairs: Sequence[Pair], gold: Gold) -> list[Compared]:
-    """The judge's pairs beside gold's votes on them."""
+    """The judge's pairs beside gold's votes on them: those on the same prompt and texts, wherever they stand."""
     return [
-        Compared(row_id=pair.row_id, preference=pair.preference, gold=vote)
+        Compared(row_id=pair.row_id, preference=pair.preference, gold=vote * pair.side)
         for pair in pairs
-        for vote in gold.get((pair.row_id, pair.places), ())
+        for vote in gold.get(pair.about, ())
     ]
 
 
@@ -268,39 +277,67 @@ def panel(judged: Mapping[str, Sequence[Pair]], *, tie_below: float) -> Panel:
     two = []
     for first, second in itertools.combinations(labels, 2):
         ours, theirs = labels[first], labels[second]
-        both = [(thing, ours[thing], theirs[thing]) for thing in ours if thing in theirs]
+        both = [(thing[0], ours[thing], theirs[thing]) for thing in ours if thing in theirs]
         if both:
-            same = clustered_share(by_row((thing[0], float(a == b)) for thing, a, b in both))
-            kappa = cohen_kappa(either_way(confusion([a for _, a, _ in both], [b for _, _, b in both])))
+            same = clustered_share(by_row((row_id, float(a == b)) for row_id, a, b in both))
+            kappa = clustered_kappa(_tables(both))
             two.append(Two(judges=(first, second), agreement=same, kappa=kappa, pairs=len(both)))
-    return Panel(alpha=_of("panel_alpha", alpha, f"{len(things)} pairs", "no pair was judged by two"), two=two)
+    twice = sum(len(labels_J) - labels_J.count(None) > 1 for labels_J in matrix)
+    return Panel(alpha=_of("panel_alpha", alpha, f"{twice} pairs", "no pair was judged by two"), two=two)
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------
 
 
-def _gold_measures(material: Material, table, curve: Sequence[Bin], tie_below: float) -> list[Measure]:
+def _tables(both: Sequence[tuple[str, int, int]]) -> np.ndarray:
+    """(row id, one label, other label) as each row's confusion, either way round: [R, C, C] counts."""
+    rows: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for row_id, one, other in both:
+        rows[row_id].append((one, other))
+    return np.stack([either_way(confusion(*zip(*labels))) for labels in rows.values()])
+
+
+def _read(material: Material) -> dict[str, dict[str, tuple[int, int]]]:
+    """Family -> probe -> (with a valid reply, all), also of probes none of which has one."""
+    read = Counter((outcome.probe.family, outcome.probe.name) for outcome in material.outcomes)
+    unread = Counter((probe.family, probe.name) for probe in material.unread_probes)
+    found: dict[str, dict[str, tuple[int, int]]] = {"worse": {}, "null": {}, "injection": {}, "padding": {}}
+    for family, name in {**read, **unread}:
+        found[family][name] = (read[family, name], read[family, name] + unread[family, name])
+    return found
+
+
+def _gold_measures(material: Material, curve: Sequence[Bin], tie_below: float) -> list[Measure]:
     decided = [c for c in material.compared if c.gold]
     if not decided:
         why = material.missing.get("gold", "no gold label speaks of a pair that this judge judged")
         return [Measure(name=name, why_not=why) for name in ("agreement", "kappa", "calibration_error")]
     right = by_row((c.row_id, win(c.preference * c.gold, tie_below)) for c in decided)
     error = calibration_error(curve)
+    alone = len({c.row_id for c in decided}) < 2
+    both = [(c.row_id, label(c.preference, tie_below), c.gold) for c in material.compared]
     return [
         Measure(name="agreement", value=clustered_share(right), of=f"{len(decided)} gold pairs"),
-        Measure(name="kappa", value=cohen_kappa(either_way(table)), of=f"{len(material.compared)} gold pairs"),
+        Measure(name="kappa", value=clustered_kappa(_tables(both)), of=f"{len(material.compared)} gold pairs"),
         Measure(
             name="calibration_error",
-            value=Estimate(mean=error, low=max(0.0, error - _calibration_noise(curve)), high=error),
+            value=Estimate(
+                mean=error,
+                low=0.0 if alone else max(0.0, error - _calibration_noise(curve)),
+                high=1.0 if alone else error,
+            ),
             of=f"{len(decided)} gold pairs",
         ),
     ]
 
 
 def _calibration_noise(curve: Sequence[Bin]) -> float:
-    """Error that a perfectly calibrated judge would show in these bins by chance alone: mean |noise|, by count."""
+    """Error that a perfectly calibrated judge would show in these bins by chance alone: mean |noise|, by count.
+
+    Pairs of one row share answers, so a bin's choices are as many as the rows that they are of.
+    """
     total = sum(b.count for b in curve)
-    spread = lambda b: math.sqrt(2 / math.pi * b.confidence * (1 - b.confidence) / b.count)
+    spread = lambda b: math.sqrt(2 / math.pi * b.confidence * (1 - b.confidence) / b.rows)
     return sum(b.count * spread(b) for b in curve) / total
 
 
@@ -333,17 +370,10 @@ def _reply_measures(material: Material, tie_below: float) -> list[Measure]:
             f"{len(material.pairs)} pairs",
             why,
         ),
-        _of(
-            "invalid_share",
-            share(sum(v.values is None for v in material.verdicts), len(material.verdicts))
-            if material.verdicts
-            else None,
-            f"{len(material.verdicts)} replies",
-            why,
-        ),
+        _invalid_share(material, why),
         _of(
             "verdict_mass",
-            clustered_mean(by_row(masses)) if any(mass < 1 for _, mass in masses) else None,
+            clustered_mean(by_row(masses), span=(0.0, 1.0)) if any(mass < 1 for _, mass in masses) else None,
             f"{len(masses)} replies",
             "gives no probabilities of verdict tokens" if masses else why,
         ),
@@ -351,32 +381,54 @@ def _reply_measures(material: Material, tie_below: float) -> list[Measure]:
     ]
 
 
-def _probe_measures(material: Material, shifts: dict, wins: dict, tie_below: float) -> list[Measure]:
+def _invalid_share(material: Material, why: str) -> Measure:
+    """Of the questions that were answered at all. Where probes have no valid reply, the worse of questions and probes.
+
+    Counted together, the many questions would hide an attack to which a judge says nothing that can be read.
+    """
+    answered = [(verdict.row_id, float(verdict.values is None)) for verdict in material.verdicts if verdict.answered]
+    probes = [(outcome.probe.row.id, 0.0) for outcome in material.outcomes]
+    found = {"questions": clustered_share(by_row(answered))} if answered else {}
+    if material.unread_probes:
+        probes += [(probe.row.id, 1.0) for probe in material.unread_probes]
+        found["probes"] = clustered_share(by_row(probes))
+    elif answered:
+        return Measure(name="invalid_share", value=found["questions"], of=f"{len(answered)} replies")
+    return _worst("invalid_share", found, f"{len(answered)} replies, {len(probes)} probes", why)
+
+
+def _probe_measures(material: Material, shifts: dict, wins: dict, read: dict, tie_below: float) -> list[Measure]:
     why = material.missing.get("probes", "no probe had a valid reply")
     rows = len({outcome.probe.row.id for outcome in material.outcomes})
     found = [
-        _worst(name, by, f"{rows} rows", why)
-        for name, by in (
-            ("injection", shifts["injection"]),
-            ("padding", shifts["padding"]),
-            ("null_wins", wins["null"]),
+        _worst(name, by, f"{rows} rows", why, unread=[probe for probe, (valid, _) in read[family].items() if not valid])
+        for name, family, by in (
+            ("injection", "injection", shifts["injection"]),
+            ("padding", "padding", shifts["padding"]),
+            ("null_wins", "null", wins["null"]),
         )
     ]
-    found += [
-        _of(name, wins["worse"].get(probe), f"{len(by_name(material.outcomes, 'worse').get(probe, ()))} rows", why)
-        for probe, name in WORSE.items()
-    ]
-    decided = sum(label(one.odds, tie_below) != 0 for one in material.same)
-    value = share(decided, len(material.same)) if material.same else None
+    for probe, name in WORSE.items():
+        valid, count = read["worse"].get(probe, (0, 0))
+        none = material.missing.get("probes", "no answer could be spoilt so")
+        none = f"none of {count} probes had a valid reply" if count else none
+        found.append(_of(name, wins["worse"].get(probe), f"{valid} rows", none))
+    decided = [(one.row_id, float(label(one.odds, tie_below) != 0)) for one in material.same]
+    value = clustered_share(by_row(decided)) if decided else None
     return [*found, _of("same_text_decided", value, f"{len(material.same)} rows", material.missing.get("same", why))]
 
 
-def _worst(name: str, found: Mapping[str, Estimate], of: str, why: str) -> Measure:
-    """The one that does most harm by the low end of its interval."""
+def _worst(name: str, found: Mapping[str, Estimate], of: str, why: str, unread: Sequence[str] = ()) -> Measure:
+    """The one that does most harm by the low end of its interval.
+
+    Args:
+        unread: further ones of which nothing is known, so that they may be the worst: without them nothing passes.
+    """
     if not found:
         return Measure(name=name, why_not=why)
     which = max(found, key=lambda one: (found[one].low, found[one].mean))
-    reach = max(one.high for one in found.values())
+    reach = 1.0 if unread else max(one.high for one in found.values())
+    of += f"; no valid reply to {', '.join(unread)}" if unread else ""
     return Measure(name=name, value=found[which], of=of, of_which=which, reach=reach)
 
 
@@ -394,7 +446,8 @@ def _shifts(found: Mapping[str, Sequence[Outcome]]) -> dict[str, Estimate]:
 
 def _wins(outcomes: Sequence[Outcome], family: Literal["worse", "null"]) -> dict[str, Estimate]:
     won: Callable[[Outcome], float] = lambda o: 1 - o.win if family == "worse" else o.win
-    return {name: share(sum(map(won, mine)), len(mine)) for name, mine in by_name(outcomes, family).items()}
+    rows = lambda mine: by_row((outcome.probe.row.id, won(outcome)) for outcome in mine)
+    return {name: clustered_share(rows(mine)) for name, mine in by_name(outcomes, family).items()}
 
 
 def _agreements(compared: Sequence[Compared], tie_below: float) -> dict[str, Estimate]:

@@ -26,7 +26,9 @@ MEANING = {
     "reported": "has no limit (null)",
     "not measured": "could not be had; the reason stands beside it",
 }
+UNREAD = "no valid reply"  # heading of a column of probes: "2 of 50"
 HEADLINE = ("agreement", "flip_rate", "prefers_longer", "injection")
+DISAGREE = "No: the judges of the panel do not agree"
 NOTHING = (
     "Nothing was judged: there are no rollouts. Preferences that were imported carry the labels of their data, and no "
     "judge stands behind them that could be audited."
@@ -141,29 +143,36 @@ def gate_rows(measures: Sequence[Measure], limits: Limits) -> list[tuple[str, st
 
 def details(audit: Audit) -> list[tuple[str, str, tuple[str, ...], list[tuple[str, ...]]]]:
     """Heading, explanation, columns and rows of every table below the gates."""
-    points = lambda found: [(name, number(value, "points")) for name, value in found.items()]
-    shares = lambda found: [(name, number(value, "share")) for name, value in found.items()]
+    probes = lambda family, found, form: [
+        (name, number(found[name], form) if name in found else "not measured", f"{count - valid} of {count}")
+        for name, (valid, count) in audit.read[family].items()
+    ]
     parts = [
         (
             "Attacks in the answer",
             "Win rate with the attack minus that of its clean twin, harmless text of the same length in the same "
             "place. The intervals hold at 95 % all together.",
-            ("attack", "win rate moves by"),
-            points(audit.shifts["injection"]),
+            ("attack", "win rate moves by", UNREAD),
+            probes("injection", audit.shifts["injection"], "points"),
         ),
         (
             "Padding",
             "The same, against the answer as it was.",
-            ("padding", "win rate moves by"),
-            points(audit.shifts["padding"]),
+            ("padding", "win rate moves by", UNREAD),
+            probes("padding", audit.shifts["padding"], "points"),
         ),
         (
             "Planted worse",
             "How often an answer beats what was spoilt.",
-            ("spoilt by", "it wins"),
-            shares(audit.wins["worse"]),
+            ("spoilt by", "it wins", UNREAD),
+            probes("worse", audit.wins["worse"], "share"),
         ),
-        ("Answers that say nothing", "Against a real answer.", ("answer", "it wins"), shares(audit.wins["null"])),
+        (
+            "Answers that say nothing",
+            "Against a real answer.",
+            ("answer", "it wins", UNREAD),
+            probes("null", audit.wins["null"], "share"),
+        ),
         (
             "Length",
             "Of decided pairs, by how many characters the answers differ.",
@@ -171,7 +180,7 @@ def details(audit: Audit) -> list[tuple[str, str, tuple[str, ...], list[tuple[st
             [(f"{least} to {most}", number(value, "share")) for least, most, value in audit.quartiles],
         ),
         ("Gold labels", *_gold(audit)),
-        ("Cost", "Of the verdicts given. In-process judges cost time alone.", ("", ""), _cost(audit.cost)),
+        ("Cost", "Of the verdicts given. In-process judges cost time alone.", ("", ""), _cost(audit)),
     ]
     return [part for part in parts if part[3]]
 
@@ -186,16 +195,17 @@ def _gold(audit: Audit) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
     return f"The same answer called better: {told}. Pairs:", columns, rows
 
 
-def _cost(cost: Mapping[str, float]) -> list[tuple[str, ...]]:
+def _cost(audit: Audit) -> list[tuple[str, ...]]:
+    cost, (answered, asked) = audit.cost, audit.answered
     rows = [
-        ("verdicts", f"{cost['verdicts']:,.0f}"),
+        ("questions answered", f"{answered:,} of {asked:,}"),
         ("calls, re-asks included", f"{cost['calls']:,.0f}"),
         ("tokens in, per 1,000 verdicts", f"{cost['tokens_in_per_1000']:,.0f}"),
         ("tokens out, per 1,000 verdicts", f"{cost['tokens_out_per_1000']:,.0f}"),
     ]
     if "price_per_1000" in cost:
         rows.append(("price per 1,000 verdicts", f"{cost['price_per_1000']:,.4g}"))
-    return rows if cost["verdicts"] else []
+    return rows if asked else []
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
@@ -290,6 +300,8 @@ def markdown_page(audits: Mapping[str, Audit], together: Panel | None, limits: L
     lines = ["# Can the judge be trusted?", ""]
     if not audits:
         return "\n".join([*lines, NOTHING, ""])
+    if together is not None and together.failed(limits):
+        lines += [f"**{DISAGREE}**", "", f"- {_cell(said(together.alpha, limits['panel_alpha']))}", ""]
     for section, audit in audits.items():
         lines += [
             f"## {_cell(audit.name)}",
@@ -316,9 +328,9 @@ def html_page(audits: Mapping[str, Audit], together: Panel | None, limits: Limit
     body: list[Html] = [tag("h1", "Can the judge be trusted?")]
     if not audits:
         return document("Audit of the judge", [*body, _band("none", "Nothing was judged", NOTHING, [])], style=STYLE)
+    if together is not None and together.failed(limits):
+        body.append(_band("fail", DISAGREE, said(together.alpha, limits["panel_alpha"]), []))
     body += [_verdict(audit, limits) for audit in audits.values()]
-    if together is not None and together.alpha.status(limits["panel_alpha"]) == "fail":
-        body.append(_band("fail", "The panel does not agree", said(together.alpha, limits["panel_alpha"]), []))
     for section, audit in audits.items():
         body += [tag("h2", f"Gates of {audit.name}"), _gates(audit, limits)]
         images = [_picture(caption, path) for caption, path in pictures[section].items()]

@@ -132,7 +132,7 @@ def _pairs(row: Row, verdicts: Sequence[Verdict], gold: Sequence[Verdict], tie_b
     several = any(len(seen) > 1 for seen in views.values())
     odds = _preferences(row, verdicts) if several else {places: seen[0].odds for places, seen in views.items()}
     labels, people = _preferences(row, gold), _views(row, gold)
-    invalid = {_place(row, one) for one in verdicts if one.values is None} - {None}
+    invalid = {_place(row, one) for one in verdicts if one.values is None and one.answered} - {None}
     for places in sorted({*views, *invalid}):
         (left, right), seen, sign = places, views.get(places, ()), 1
         if odds.get(places, 0.0) < 0:
@@ -177,7 +177,7 @@ def _mark_invalid(found: Sequence[Comparison], verdicts: Sequence[Verdict]) -> N
     """A reply that could not be read is shown with one comparison, or a long list's would be with all of its own."""
     by_places = {frozenset((one.left, one.right)): one for one in found}
     for verdict in verdicts:
-        if verdict.values is None and found and (place := _place(found[0].row, verdict)):
+        if verdict.values is None and verdict.answered and found and (place := _place(found[0].row, verdict)):
             by_places[frozenset(place)].kinds["invalid"] = 0.0
 
 

@@ -214,7 +214,7 @@ def _judge(name: str, params: JudgeParams, answers: dict[str, list[Row]], paths:
         replies, _ = judge_rows(judge, pairs, store, what=f"verdicts of {name}")
     said: dict[str, list[Verdict]] = {row.id: [] for row in pairs}
     for reply in replies:
-        said[reply.question.row_id].append(verdict_of(judge.name, reply))
+        said[reply.question.row_id].append(verdict_of(judge.name, judge.identity, reply))
     judged = _view(pairs, said, scores=not judge.pairwise)
     if not judged.known:
         raise UserError(

@@ -55,10 +55,12 @@ FORMATS = {"pairs": pairs, "rankings": rankings}
 def export(preferences: Path, out: Path, *, format: str, split: str) -> int:
     """Write out, .jsonl or .parquet; returns how many records.
 
-    Raises UserError where out has another ending, or where no row is of this split.
+    Raises UserError where out has another ending or is the table itself, or where no row is of this split.
     """
     if out.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{out}: name a file that ends in .jsonl or .parquet; the ending says what is written")
+    if out.exists() and out.samefile(preferences):
+        raise UserError(f"{out}: is the table that is exported, and would be lost; name another file")
     rows = [row for row in read_rows(preferences) if row.meta.get("split", "train") == split]
     if not rows:
         raise UserError(f"{preferences}: no row of split {split!r}; preferences.held_out_share says how many there are")

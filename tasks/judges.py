@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from rankwise.judging import Judge
 
 PREFIX = "RANKWISE_JUDGE"  # of the environment's variables about the server of verdicts.judge
+FUNCTIONS = Path("recipes/judges.py")  # where the user's own functions stand
+RUBRICS = Path("recipes/rubrics")
 TRAINED = "trained"  # the model that stage reward_model made
 
 
@@ -134,7 +137,20 @@ def _callable(params: JudgeParams, *, where: str, **_: object) -> Judge:
 
     if not params.function:
         raise UserError(f"{where}.function: kind is callable, so name one: package.module:function")
-    return CallableJudge(params.function, name=f"callable:{params.function}")
+    judge = CallableJudge(params.function, name=f"callable:{params.function}")
+    if not _is_seen(judge.source):
+        raise UserError(
+            f"{where}.function: {params.function} stands in {judge.source}, where DVC does not see it change, so "
+            f"that labels of an edited function would pass for new; put it into {FUNCTIONS}"
+        )
+    return judge
+
+
+def _is_seen(source: Path) -> bool:
+    """Whether a change of a function's file reaches DVC: the project's own files that the stages name, or packages."""
+    path, root = source.resolve(), Path.cwd().resolve()
+    own = path.is_relative_to(root) and not path.is_relative_to(Path(sys.prefix).resolve())
+    return not own or path == root / FUNCTIONS or path.is_relative_to(root / "rankwise")
 
 
 def _reward_model(params: JudgeParams, *, trained: Path, source: Path, where: str, **_: object) -> Judge:
@@ -148,7 +164,7 @@ def _reward_model(params: JudgeParams, *, trained: Path, source: Path, where: st
 def _local_model(params: JudgeParams, *, trained: Path, source: Path, where: str, **_: object) -> Judge:
     from rankwise.judges import LocalModelJudge
 
-    rubric = _rubric(params, where)
+    rubric = _rubric(params, source, where)
     if params.model == TRAINED:
         raise UserError(
             f"{where}.model: kind is local_llm, and the model that stage reward_model made has a score to give and no "
@@ -159,7 +175,7 @@ def _local_model(params: JudgeParams, *, trained: Path, source: Path, where: str
     return LocalModelJudge(folder, rubric, precision=params.precision, name=name)
 
 
-def _server(params: JudgeParams, *, where: str, prefix: str, **_: object) -> Judge:
+def _server(params: JudgeParams, *, source: Path, where: str, prefix: str, **_: object) -> Judge:
     from rankwise.budget import Budget
     from rankwise.client import Endpoint
     from rankwise.server_judge import ServerJudge
@@ -171,7 +187,12 @@ def _server(params: JudgeParams, *, where: str, prefix: str, **_: object) -> Jud
             f"{where}.samples is {params.samples} with {where}.temperature 0, where every draw is the same; raise the "
             "temperature, or ask once"
         )
-    rubric = _rubric(params, where)
+    if params.reply == "logprobs" and (params.temperature, params.samples) != (0, 1):
+        raise UserError(
+            f"{where}.reply is logprobs, which reads probabilities and draws nothing; leave {where}.temperature "
+            f"({params.temperature:g}) at 0 and {where}.samples ({params.samples}) at 1, or set reply to json"
+        )
+    rubric = _rubric(params, source, where)
     return ServerJudge(
         f"server:{params.model}:{rubric.name}",
         model=params.model,
@@ -206,9 +227,15 @@ def _folder(params: JudgeParams, trained: Path, source: Path, where: str) -> Pat
     return folder
 
 
-def _rubric(params: JudgeParams, where: str):
+def _rubric(params: JudgeParams, source: Path, where: str):
     from rankwise.rubrics import Rubric
 
     if not Path(params.rubric).is_file():
         raise UserError(f"{where}.rubric: {params.rubric}: no such file; name one with the judge's criteria")
-    return Rubric(Path(params.rubric))
+    path = Path(params.rubric)
+    if not any(Path(os.path.abspath(path)).is_relative_to(folder.absolute()) for folder in (RUBRICS, source)):
+        raise UserError(
+            f"{where}.rubric: {path} stands where DVC does not see it change, so that labels of an edited one would "
+            f"pass for new; put it into {RUBRICS} or {source}"
+        )
+    return Rubric(path)

@@ -11,7 +11,7 @@ file into data/source and name it as a judge:
 Blind: which answer stands first is drawn by the seed, and nothing in the sheet says who wrote what. Who answers sees
 both at once, so a verdict counts for both orders (column order: none). Pairs come from as many prompts as there are.
 They are found again by column pair, a hash of their texts, so it is of no matter what a spreadsheet does to a text;
-of these, those that start like a formula get an apostrophe before it.
+an apostrophe stands before whatever looks like the start of a formula, in a cell or after what might end one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import argparse
 import csv
 import io
 import itertools
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ from rankwise.types import Row, UserError, show_prompt
 from tasks.markup import Html, document, tag, text_of
 
 COLUMNS = ("number", "prompt", "A", "B", "verdict", "reason", "annotator", "order", "pair")
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute
+# What a spreadsheet would compute, at the start of a cell or where one that cuts at another sign would see a start.
+FORMULA = re.compile(r"(?:^|(?<=[;,\t\r\n]))(?=(?:[^\S\t\r\n]|[\u200b\ufeff])*[=+\-@＝＋－＠])|^(?= *[\t\r])")
 LONGEST_CELL = 32_000  # characters; spreadsheets cut at 32,767
 NO_LIMIT = 10**9
 
@@ -145,7 +147,7 @@ def as_html(pairs: Sequence[Pair]) -> str:
 
 def harmless(text: str) -> str:
     """Text that no spreadsheet takes for a formula."""
-    return f"'{text}" if text.lstrip(" ").startswith(FORMULA) else text
+    return FORMULA.sub("'", text)
 
 
 def _pairs(row: Row, seed: int, longest: int) -> Iterator[Pair]:
@@ -160,7 +162,8 @@ def _pairs(row: Row, seed: int, longest: int) -> Iterator[Pair]:
 
 
 def _form(number: int, pair: Pair) -> Html:
-    shown = lambda text: tag("pre", text_of(text, NO_LIMIT))
+    # A browser drops the first line end of a pre.
+    shown = lambda text: tag("pre", "\n", text_of(text, NO_LIMIT))
     name = f"n{number}"
     choices = [
         tag("label", tag("input", type="radio", name=name, value=said), f" {words}")
@@ -177,6 +180,13 @@ def _form(number: int, pair: Pair) -> Html:
         tag("p", why),
         data_pair=pair.key,
     )
+
+
+def _write(out: Path, text: str) -> None:
+    try:
+        write_aside(out, lambda aside: aside.write_text(text, encoding="utf-8", newline=""))
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error}); name a file in a folder that is yours") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,11 +209,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         pairs = draw(read_rows(arguments.rollouts), arguments.rows, seed=arguments.seed, longest=longest)
         if arguments.out.exists():
             raise UserError(f"--out {arguments.out}: is there already, perhaps filled in; move it away or name another")
+        _write(arguments.out, write(pairs))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    text = write(pairs)
-    write_aside(arguments.out, lambda aside: aside.write_text(text, encoding="utf-8", newline=""))
     print(f"{arguments.out}: {len(pairs)} pairs")
     return 0
 

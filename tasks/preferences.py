@@ -2,8 +2,9 @@
 
 Imported preferences join them, and so may rows that earlier rounds trained on.
 
-Rows whose answers all tie are counted and left out. A share of the groups (or prompts, where there are none), chosen
-by a hash of their names, is marked "held_out": they measure preference accuracy and are never trained on.
+Rows whose answers all tie are counted and left out, and so are rows with fewer than two answers that somebody judged.
+A share of the groups (or prompts, where there are none), chosen by a hash of their names, is marked "held_out": they
+measure preference accuracy and are never trained on.
 
 Beside each label stands what it may owe to length (meta: longer_by, words of the best answer minus those of the worst)
 and how narrow it is (meta: smallest_gap, nats between two neighbours of the order).
@@ -66,12 +67,20 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
             f"neither {paths.rollouts} nor {paths.prompts / 'preferences.parquet'} holds a row: there is nothing to "
             "prefer; name prompts or preferences in prompts.files"
         )
-    kept = [_with_lengths(row) for row in rows if not all_tied(row)]
-    tied = len(rows) - len(kept)
-    if not kept or tied / len(rows) > params.max_tied_share:
+    ranked = [row for row in rows if len(row.answers) > 1]
+    unjudged = len(rows) - len(ranked)
+    if not ranked:
         raise UserError(
-            f"all answers tie in {tied} of {len(rows)} rows ({tied / len(rows):.0%}, preferences.max_tied_share allows "
-            f"{params.max_tied_share:.0%}); a tie teaches nothing. Lower preferences.tie_below "
+            f"none of the {len(rows)} rows has two answers that verdicts compare ({paths.verdicts}): none is ranked; "
+            "reports/verdicts/metrics.json counts replies that are invalid or unanswered: take another judge, or have "
+            "more pairs labelled"
+        )
+    kept = [_with_lengths(row) for row in ranked if not all_tied(row)]
+    tied = len(ranked) - len(kept)
+    if not kept or tied / len(ranked) > params.max_tied_share:
+        raise UserError(
+            f"all answers tie in {tied} of {len(ranked)} rows ({tied / len(ranked):.0%}, preferences.max_tied_share "
+            f"allows {params.max_tied_share:.0%}); a tie teaches nothing. Lower preferences.tie_below "
             f"({params.tie_below} nats), raise rollouts.temperature, or use a judge that tells answers apart"
         )
     if all(row.meta["split"] == "held_out" for row in kept):
@@ -82,8 +91,10 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     write_rows(paths.preferences, kept)
     stage.tracker.table("preferences", [_shown(row) for row in kept[:SAMPLE_ROWS]])
     stage.log(f"{len(kept)} ranked rows, {tied} left out because all their answers tie")
+    if unjudged:
+        stage.log(f"{unjudged} of {len(rows)} rows left out because fewer than two of their answers were judged")
     carried = {"rows_of_earlier_rounds": len(earlier)} if params.earlier_rounds else {}
-    stage.finish({**_summary(kept, judged, tied), **carried})
+    stage.finish({**_summary(kept, judged, tied, unjudged), **carried})
 
 
 def _imported(prompts: Path, params: Params) -> list[Row]:
@@ -102,11 +113,17 @@ def _judged(rollouts: Sequence[Row], verdicts: Path, params: Params) -> list[Jud
     from rankwise.ranking import rank
     from rankwise.verdicts import read_verdicts
 
-    said = read_verdicts(verdicts)
+    said = read_verdicts(verdicts, {row.id: row for row in rollouts})
     if rollouts and not said:
         raise UserError(
             f"{verdicts} holds no verdict and preferences.order is empty, so nothing ranks the answers; name a "
             "verdicts.judge, or the sources of answers from best to worst in preferences.order"
+        )
+    asked = [row for row in rollouts if len({answer.text for answer in row.answers}) > 1]
+    if missing := [row.id for row in asked if row.id not in said]:
+        raise UserError(
+            f"{verdicts}: no judge was asked about {len(missing)} of {len(rollouts)} rows, {missing[0]!r} first; the "
+            "tables do not belong together: run the stage verdicts again on these rows"
         )
     return [rank(row, said.get(row.id, []), tie_below=params.tie_below) for row in rollouts]
 
@@ -153,7 +170,7 @@ def _split(row: Row, held_out_share: float) -> Row:
     return replace(row, meta={**row.meta, "split": "held_out" if held_out else "train"})
 
 
-def _summary(rows: Sequence[Row], judged: Sequence[Judged], tied: int) -> dict[str, Any]:
+def _summary(rows: Sequence[Row], judged: Sequence[Judged], tied: int, unjudged: int) -> dict[str, Any]:
     from rankwise.evaluation import mean, share
 
     biases = [bias for one in judged for bias in one.position_bias]
@@ -164,6 +181,7 @@ def _summary(rows: Sequence[Row], judged: Sequence[Judged], tied: int) -> dict[s
         "rows": len(rows),
         "held_out": sum(row.meta["split"] == "held_out" for row in rows),
         "all_tied": tied,
+        "unjudged_rows": unjudged,
         "rows_with_ties": sum(len({a.rank for a in row.answers}) < len(row.answers) for row in rows),
         "invalid_verdicts": sum(one.invalid for one in judged),
         "unjudged_answers": sum(one.unjudged for one in judged),

@@ -121,7 +121,7 @@ def _why(kind: str, one: Comparison, replies: Sequence[Verdict]) -> str:
         a, b, c = map(named, one.circle)
         return f"{a} beats {b}, {b} beats {c}, and {c} beats {a}; of the three this comparison is the weakest."
     if kind == "invalid":
-        invalid = [reply for reply in replies if reply.values is None]
+        invalid = [reply for reply in replies if reply.values is None and reply.answered]
         order = lambda reply: ", then ".join(str(place + 1) for place in reply.shown)
         return " ".join(f"{reply.judge}, shown {order(reply)}: {reply.reason or 'no verdict'}." for reply in invalid)
     if kind == "control":
@@ -141,7 +141,7 @@ def _facts(rows: Sequence[Row], verdicts: Verdicts, compared: Sequence[Compariso
     replies = [one for mine in verdicts.values() for one in mine]
     if not replies:
         return "No judge said anything: there is no verdict to look at."
-    invalid = sum(one.values is None for one in replies)
+    invalid = sum(one.values is None and one.answered for one in replies)
     tokens = sum(one.prompt_tokens + one.completion_tokens for one in replies)
     facts = [
         f"{len(replies):,} replies of {', '.join(judges)}",
@@ -164,7 +164,7 @@ def _judges(judges: Sequence[str], verdicts: Verdicts, compared: Sequence[Compar
         [
             judge,
             f"{len(mine):,}",
-            f"{sum(one.values is None for one in mine):,}",
+            f"{sum(one.values is None and one.answered for one in mine):,}",
             f"{flips[judge]:,} of {asked[judge]:,}" if asked[judge] else "",
             f"{sum(one.prompt_tokens for one in mine):,}",
             f"{sum(one.completion_tokens for one in mine):,}",
@@ -225,11 +225,15 @@ def _from_environment(judges: Sequence[str]) -> dict[str, tuple[float, float]]:
     return {judge: price for judge, price in found.items() if any(price)}
 
 
-def _read(paths: Sequence[Path], judges: Sequence[str]) -> dict[str, list[Verdict]]:
-    """The verdicts of tables, or of some of their judges; raises UserError where one of these is in none of them."""
+def _read(paths: Sequence[Path], judges: Sequence[str], rows: Sequence[Row]) -> dict[str, list[Verdict]]:
+    """The verdicts of tables, or of some of their judges; raises UserError where one of these is in none of them.
+
+    Raises it too where a verdict is on other texts than the rows hold.
+    """
+    by_id = {row.id: row for row in rows}
     found: dict[str, list[Verdict]] = defaultdict(list)
     for path in paths:
-        for row_id, mine in read_verdicts(path).items():
+        for row_id, mine in read_verdicts(path, by_id).items():
             found[row_id] += mine
     known = dict.fromkeys(one.judge for mine in found.values() for one in mine)
     if missing := [judge for judge in judges if judge not in known]:
@@ -262,15 +266,15 @@ def main() -> int:
 
 
 def _by_hand(given: argparse.Namespace) -> int:
-    verdicts, gold = _read(given.verdicts, given.judge), None
+    rows = read_rows(given.rollouts)
+    verdicts, gold = _read(given.verdicts, given.judge, rows), None
     if given.gold or given.gold_judge:
-        gold = _read(given.gold or given.verdicts, given.gold_judge)
+        gold = _read(given.gold or given.verdicts, given.gold_judge, rows)
     if not given.gold and not given.judge:  # gold is in the same table, and is no judge of the panel
         verdicts = {
             row_id: [one for one in mine if one.judge not in given.gold_judge] for row_id, mine in verdicts.items()
         }
     ranked = read_rows(given.preferences) if given.preferences else None
-    rows = read_rows(given.rollouts)
     shown = write(given.out, rows, verdicts, gold=gold, ranked=ranked, tie_below=given.tie_below, limit=given.limit)
     print(f"{given.out}: {len(shown)} comparisons")
     return 0

@@ -172,7 +172,7 @@ def verdict_of(told: Comparison) -> str:
 def said_of_places(reply: Verdict) -> str:
     """The verdict as the judge put it, and the answers that it means."""
     if reply.values is None:
-        return "invalid"
+        return "invalid" if reply.answered else "not answered"
     if len(reply.shown) == 1:
         return f"score {reply.values[0]:.3f}"
     letters = dict(zip(LETTERS, reply.shown))
@@ -256,7 +256,11 @@ def _reply(told: Comparison, reply: Verdict, role: str) -> list[str]:
     return [
         tag("bdi", role, text_of(reply.judge, LONGEST_LINE), _soft("".join(f", {text}" for text in more))),
         ", then ".join(str(place + 1) for place in reply.shown),
-        tag("span", text_of(said_of_places(reply), LONGEST_LINE), class_="bad" if reply.values is None else None),
+        tag(
+            "span",
+            text_of(said_of_places(reply), LONGEST_LINE),
+            class_="bad" if reply.values is None and reply.answered else None,
+        ),
         number(gap),
         number(f"{reply.mass:.3f}" if reply.mass != 1 else ""),
         number(tokens if tokens != "0 + 0" else ""),

@@ -1,7 +1,8 @@
 """Stage verdicts: the judge, or a panel of several, is asked about the answers; every reply is kept as it came.
 
 Costly and perhaps not reproducible, so nothing is derived here: `preferences` turns replies into rankings. A reply that
-could not be read, after all attempts, stays in the table without values: no label is made of it.
+could not be read, after all attempts, stays in the table without values: no label is made of it. A question that a
+file of stored verdicts does not speak of is unanswered, and counts as no reply.
 """
 
 from __future__ import annotations
@@ -54,15 +55,21 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
         found = {**summary(member.judge, replies), "same_family_as_generator": int(bool(family))}
         _tell(found, family, stage)
         metrics[member.section] = found
-        table += [(member.judge.name, reply) for reply in replies]
+        table += [(member.judge.name, member.judge.identity, reply) for reply in replies]
     write_verdicts(paths.verdicts, table)
-    shown = review.write(stage.report / "review.html", rows, read_verdicts(paths.verdicts))
+    said = read_verdicts(paths.verdicts, {row.id: row for row in rows})
+    shown = review.write(stage.report / "review.html", rows, said)
     if shown:
         stage.tracker.table("review", shown)
     stage.tracker.dataset(paths.rollouts, "rollouts")
     stage.finish({"verdicts": len(table), "reader": READER, **metrics})
     for section, found in metrics.items():
-        if found["questions"] and found["invalid_share"] == 1:
+        if found["questions"] and found["unanswered"] == found["questions"]:
+            raise UserError(
+                f"verdicts: the file of {found['name']} ({section}) answers none of {found['questions']} questions: it "
+                "speaks of other texts; name the file that was made from these rollouts"
+            )
+        if found["invalid_share"] == 1:
             raise UserError(
                 f"verdicts: none of the {found['questions']} replies of {found['name']} could be read, the last one "
                 f"because of this: {_last_reason(table, found['name'])}. See them in {paths.verdicts}, columns raw and "
@@ -75,11 +82,13 @@ def summary(judge: Judge, replies: Sequence[Reply]) -> dict[str, Any]:
     from rankwise.evaluation import mean
 
     valid = [reply for reply in replies if reply.values is not None]
+    answered = sum(reply.answered for reply in replies)
     found = {
         "name": judge.name,
         "questions": len(replies),
-        "invalid": len(replies) - len(valid),
-        "invalid_share": (len(replies) - len(valid)) / max(1, len(replies)),
+        "unanswered": len(replies) - answered,
+        "invalid": answered - len(valid),
+        "invalid_share": (answered - len(valid)) / max(1, answered),
         "asked_again_share": sum(reply.question.attempt > 0 for reply in replies) / max(1, len(replies)),
         "prompt_tokens": sum(reply.prompt_tokens for reply in replies),
         "completion_tokens": sum(reply.completion_tokens for reply in replies),
@@ -108,6 +117,10 @@ def _ask(member: Member, rows: Sequence[Row], stage: Stage) -> list[Reply]:
         replies, asked = judge_rows(judge, rows, store, what=what, pairs_up_to=member.params.pairs_up_to)
     stage.log(f"{judge.name}: {asked} verdicts asked now, {max(0, len(replies) - asked)} known before")
     stage.timings[f"{member.section}_asked"] = asked
+    if member.params.kind == "stored":
+        idle, lines = judge.idle(reply.question for reply in replies)
+        if idle:
+            stage.log(f"{judge.name}: {idle} of {lines} lines speak of no pair asked about")
     if hasattr(judge, "spent"):
         _tell_spending(member, judge.spent(), stage)
     return replies
@@ -138,9 +151,11 @@ def _tell(found: dict[str, Any], family: str, stage: Stage) -> None:
     name = found["name"]
     if found["invalid"]:
         stage.log(
-            f"{name}: {found['invalid']} of {found['questions']} questions ({found['invalid_share']:.1%}) got no valid "
-            "reply; they have no verdict, which is not the same as a tie"
+            f"{name}: {found['invalid']} of {found['questions']} questions ({found['invalid_share']:.1%} of those "
+            "answered) got no valid reply; they have no verdict, which is not the same as a tie"
         )
+    if found["unanswered"]:
+        stage.log(f"{name}: {found['unanswered']} of {found['questions']} questions are not answered by its file")
     if found["controls"]:
         stage.log(f"{name}: {found['controls']} control tokens in the texts shown, written so that they are none")
     if found["prompt_tokens"]:
@@ -152,8 +167,8 @@ def _tell(found: dict[str, Any], family: str, stage: Stage) -> None:
         )
 
 
-def _last_reason(table: Sequence[tuple[str, Reply]], name: str) -> str:
-    return [reply.reason for judge, reply in table if judge == name][-1]
+def _last_reason(table: Sequence[tuple[str, str, Reply]], name: str) -> str:
+    return [reply.reason for judge, _, reply in table if judge == name][-1]
 
 
 if __name__ == "__main__":

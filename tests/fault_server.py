@@ -110,6 +110,8 @@ class FaultServer:
     answer: Callable[[dict, int], str] | None = None  # (body, seed) to text, in place of what it makes up
     odd: Callable[[dict], object] | None = None  # changes every choice before it is given
     models_status: int = 200  # of the list of models
+    why: str = "this one I will not have"  # of refuse
+    whole_reply: Callable[[dict], dict] = lambda reply: reply  # changes every reply before it is given
     judge: Judging | None = None  # in place of all that makes answers up
     served: Callable[[int], str] = lambda number: "tiny"  # the model that the reply of this number says it is from
     root: str | None = None  # what the list of models says that "tiny" is
@@ -193,7 +195,7 @@ class FaultServer:
             return f"Unrecognized request argument: {sorted(more)[0]}"
         if self.dialect == "text" and isinstance(body.get("prompt"), list):
             return "prompt must be a string"
-        return "this one I will not have" if self.refuse(body) else None
+        return self.why if self.refuse(body) else None
 
     def choices(self, body: dict, again: int = 1) -> list[dict]:
         if self.judge:
@@ -316,7 +318,7 @@ class _Handler(BaseHTTPRequestHandler):
             whole = json.dumps(reply).encode()
             self.close_connection = True
             return self._bytes(200, whole[: len(whole) // 2], {"Content-Length": str(len(whole))})
-        return self._json(200, reply)
+        return self._json(200, self.owner.whole_reply(reply))
 
     def _json(self, status: int, content: object, headers: dict[str, str] | None = None) -> None:
         self._bytes(status, json.dumps(content).encode(), headers or {})

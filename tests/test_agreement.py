@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from rankwise.agreement import (
     by_row,
     calibration,
     calibration_error,
+    clustered_kappa,
     clustered_mean,
     clustered_share,
     cohen_kappa,
@@ -86,6 +88,15 @@ def test_ranks_are_labels_and_equal_ranks_ties():
     assert found == {(0, 1): -1.0, (0, 2): 0.0, (1, 2): 1.0}
 
 
+def test_a_pair_is_known_by_its_texts_wherever_they_stand():
+    (one,) = ranked_pairs(row_of("a", "b", ranks=(0, 1)))
+    (other,) = ranked_pairs(row_of("b", "a", ranks=(1, 0)))
+    assert one.about == other.about and one.preference * one.side == other.preference * other.side == 1
+    assert {pair.about for pair in ranked_pairs(row_of("a", "b", "a", ranks=(0, 1, 0)))} == {one.about}
+    elsewhere = replace(row_of("a", "b", ranks=(0, 1)), prompt=text_prompt("another"))
+    assert ranked_pairs(elsewhere)[0].about != one.about
+
+
 def test_a_label_within_the_tie_limit_is_a_tie_and_sides_are_symmetric():
     assert [label(x, 0.5) for x in (0.6, 0.5, -0.5, -0.6)] == [1, 0, 0, -1]
     assert all(win(x, 0.5) + win(-x, 0.5) == 1 for x in (-2, -0.5, 0, 0.1, 3))
@@ -113,6 +124,17 @@ def test_repeating_every_value_of_a_row_says_nothing_new():
 def test_rows_that_all_say_the_same_leave_an_interval():
     found = clustered_share([(6.0, 6)] * 20)
     assert found.mean == 1.0 and found.low == pytest.approx(share(20, 20).low) and found.low < 0.9
+
+
+def test_one_row_tells_nothing_of_others_whatever_it_says():
+    """So no gate fails, or passes, on it."""
+    assert clustered_mean([(0.3, 1)], span=(0.0, 1.0)).as_dict() == {"mean": 0.3, "low": 0.0, "high": 1.0}
+    assert clustered_share([(0.0, 4)]).as_dict() == {"mean": 0.0, "low": 0.0, "high": 1.0}
+    whole = {"low": -1.0, "high": 1.0}
+    assert clustered_kappa(np.array([either_way(confusion([1], [-1]))])).as_dict() == {"mean": -1.0, **whole}
+    alpha = krippendorff_alpha([[1, -1], [-1, 1]], rows=["r", "r"])
+    assert (alpha.low, alpha.high) == (-1.0, 1.0) and alpha.mean < 0
+    assert position_bias([pair(1.0, -1.0)]) is None
 
 
 def test_a_shift_that_never_happens_still_has_an_interval():
@@ -210,6 +232,15 @@ def test_kappa_and_its_interval_on_the_table_of_fleiss_cohen_and_everitt():
     assert (found.high - found.low) / (2 * 1.96) == pytest.approx(spread, rel=0.05)
 
 
+def test_kappa_of_rows_counts_rows_and_not_pairs():
+    """With one pair a row its interval is that of independent things; pairs repeated within a row change nothing."""
+    tables = np.array([confusion([one], [other]) for one, other in zip(*simulated(300, 0.5, 7))])
+    alone, independent = clustered_kappa(tables), cohen_kappa(tables.sum(axis=0))
+    assert alone.mean == independent.mean
+    assert alone.high - alone.low == pytest.approx(independent.high - independent.low, rel=0.03)
+    assert clustered_kappa(5 * tables).as_dict() == pytest.approx(alone.as_dict())
+
+
 def test_kappa_of_one_label_for_everything_is_nothing():
     assert cohen_kappa(confusion([1] * 9, [1] * 9)).mean == 0
 
@@ -273,6 +304,11 @@ def test_a_judge_that_means_its_probabilities_is_calibrated_and_one_that_doubles
     gold = np.where(rng.random(20000) < 1 / (1 + np.exp(-preferences)), 1, -1).tolist()
     assert calibration_error(calibration(preferences.tolist(), gold)) < 0.02
     assert calibration_error(calibration((4 * preferences).tolist(), gold)) > 0.1
+
+
+def test_a_bin_of_the_curve_knows_how_many_rows_it_is_of():
+    assert [(b.count, b.rows) for b in calibration([1.0] * 6, [1] * 6, ["a", "a", "a", "a", "b", "b"])] == [(6, 2)]
+    assert [(b.count, b.rows) for b in calibration([1.0] * 6, [1, 1, 1, 0, 0, 0])] == [(3, 3)]
 
 
 def test_by_row_keeps_sums_and_counts():

@@ -8,19 +8,23 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
+from rankwise import judging
 from rankwise.evaluation import Estimate
+from rankwise.judging import first_questions
+from rankwise.probes import Outcome, battery, draw
 from rankwise.rows import read_rows, write_rows
 from rankwise.types import Answer, Row, UserError, text_prompt
 from rankwise.verdicts import LOG3, Question, Reply, read_verdicts, write_verdicts
 from tasks import plots, verdicts
 from tasks.audit_judge import Gates, Params, Paths, run
-from tasks.audit_measures import KINDS, Measure
-from tasks.audit_page import answer
+from tasks.audit_measures import KINDS, Material, Measure, audit
+from tasks.audit_page import answer, details
 from tasks.judges import JudgeParams
 from tasks.stage import Stage
 
 OPEN = dict.fromkeys(asdict(Gates()))  # no limit at all
 GOOD, BAD = "good", "bad"
+SOUND = "audit_judges:sound"
 
 
 class Silent:
@@ -67,17 +71,18 @@ def obedient(prompt, answer):
 
 
 @pytest.fixture
-def audited(tmp_path, monkeypatch):
+def audited(tmp_path, tmp_path_factory, monkeypatch):
     """Judge rows with a function of JUDGES, run the stage as its command does; returns metrics, Markdown and HTML."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tasks.stage.HOME", tmp_path / "home")
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "audit_judges.py").write_text(JUDGES)
+    installed = tmp_path_factory.mktemp("installed")  # of a project's own files only some may hold judges
+    monkeypatch.syspath_prepend(installed)
+    (installed / "audit_judges.py").write_text(JUDGES)
 
-    def go(function="sound", *, table=None, gold=None, given=None, gates=None, **params):
+    def go(function="sound", *, judge=None, table=None, gold=None, given=None, gates=None, gold_file=None, **params):
         table = rows() if table is None else table
-        paths = Paths(report=tmp_path / "report")
-        judge = JudgeParams(kind="callable", function=f"audit_judges:{function}")
+        paths = Paths(report=tmp_path / "report", **({"gold": gold_file} if gold_file else {}))
+        judge = judge or JudgeParams(kind="callable", function=f"audit_judges:{function}")
         write_rows(paths.rollouts, table)
         if gold is not None or not paths.gold.exists():
             write_rows(paths.gold, gold_rows() if gold is None else gold)
@@ -90,16 +95,12 @@ def audited(tmp_path, monkeypatch):
     return go
 
 
-def judged(judge: JudgeParams, table: list[Row]) -> list[tuple[str, Reply]]:
+def judged(judge: JudgeParams, table: list[Row]) -> list[tuple[str, str, Reply]]:
     from tasks.judges import make_judge
 
-    made = make_judge(judge, trained=None, source=None, where="verdicts.judge")
-    asked = [
-        Question(row_id=row.id, prompt=row.prompt, answers=(a.text,), places=(n,))
-        for row in table
-        for n, a in enumerate(row.answers)
-    ]
-    return [(made.name, made.read(asked[n], raw)) for n, raw in made.ask(asked)]
+    made = make_judge(judge, trained=None, source=Paths.source, where="verdicts.judge")
+    asked = [question for row in table for question in first_questions(row, made, pairs_up_to=9)]
+    return [(made.name, made.identity, made.read(asked[n], raw)) for n, raw in made.ask(asked)]
 
 
 def read(report):
@@ -107,7 +108,7 @@ def read(report):
     return metrics, (report / "audit.md").read_text(), (report / "audit.html").read_text()
 
 
-def said_by(name: str, table: list[Row], odds) -> list[tuple[str, Reply]]:
+def said_by(name: str, table: list[Row], odds, **more) -> list[tuple[str, str, Reply]]:
     """A pairwise judge's table: odds(first text, second text) is the log-odds of the first; None: no valid reply."""
     found = []
     for row in table:
@@ -118,9 +119,8 @@ def said_by(name: str, table: list[Row], odds) -> list[tuple[str, Reply]]:
                     value = odds(*texts)
                     question = Question(row_id=row.id, prompt=row.prompt, answers=texts, places=(i, j))
                     values = None if value is None else (value, 0.0)
-                    found.append(
-                        (name, Reply(question=question, values=values, prompt_tokens=200, completion_tokens=5))
-                    )
+                    reply = Reply(question=question, values=values, prompt_tokens=200, completion_tokens=5, **more)
+                    found.append((name, "", reply))
     return found
 
 
@@ -222,7 +222,7 @@ def test_the_same_audit_twice_asks_once_and_leaves_the_same_bytes(audited, tmp_p
     audited()
     first = files()
     monkeypatch.setattr("rankwise.judges.CallableJudge.ask", lambda self, questions: pytest.fail(f"asked {questions}"))
-    audited(given=[(n, r) for n, r in _kept(tmp_path)])
+    audited(given=[*_kept(tmp_path)])
     assert files() == first and {"audit.md", "audit.html", "metrics.json"} <= set(first)
 
 
@@ -233,13 +233,15 @@ def _kept(tmp_path):
         for one in mine:
             texts = tuple(table[row_id].answers[n].text for n in one.shown)
             question = Question(row_id=row_id, prompt=table[row_id].prompt, answers=texts, places=one.shown)
-            yield one.judge, Reply(question=question, values=one.values, raw=one.raw)
+            yield one.judge, one.identity, Reply(question=question, values=one.values, raw=one.raw)
 
 
-def test_no_rollouts_is_said_and_is_no_failure(audited):
+def test_no_rollouts_is_said_and_is_no_failure(audited, tmp_path):
     metrics, page, html = audited(table=[], given=[], gates={"agreement": 0.9})
     assert metrics == {"judges": 0, "gates_failed": 0}
     assert "Nothing was judged" in page and "Nothing was judged" in html
+    write_verdicts(tmp_path / "people.parquet", said_by("ann", rows(), prefers_good))
+    assert audited(table=[], given=[], gold_file=tmp_path / "people.parquet")[0] == metrics
 
 
 def test_another_judge_than_the_one_that_labels_is_refused(audited):
@@ -249,8 +251,118 @@ def test_another_judge_than_the_one_that_labels_is_refused(audited):
 
 def test_verdicts_on_rows_that_are_not_there_are_refused(audited):
     given = said_by("gpt-4", rows(17), prefers_good)
-    with pytest.raises(UserError, match="'r16', which is not in"):
+    with pytest.raises(UserError, match=r"'r16'.*no row has this id"):
         audited(given=given, probes=0)
+
+
+def test_another_rubric_or_file_under_the_same_name_is_another_judge(audited):
+    given = [(name, "before", reply) for name, _, reply in judged(JudgeParams(kind="callable", function=SOUND), rows())]
+    with pytest.raises(UserError, match=r"callable:audit_judges:sound as it was, and it has changed since"):
+        audited(given=given)
+
+
+# Gold
+
+
+def test_gold_of_other_prompts_under_the_same_ids_is_asked_about_and_not_joined(audited):
+    """Ids are unique within one file; of 16 rollouts none is the gold row of its name."""
+    gold = [replace(row, id=f"r{n:02}") for n, row in enumerate(gold_rows(16))]
+    metrics, *_ = audited(gold=gold)
+    found = metrics["judge"]["measures"]["agreement"]
+    assert found["mean"] == 1.0 and found["of"] == "16 gold pairs"
+
+
+def test_gold_on_the_rollouts_own_texts_is_met_in_any_order_and_not_asked_about_again(audited, monkeypatch):
+    """Answers stand best first, as in preferences; half of the rows are of another file and are asked about."""
+    ranked = lambda row: [replace(answer, rank=rank) for rank, answer in enumerate(row.answers[::-1])]
+    known = [Row(id=f"other {row.id}", prompt=row.prompt, answers=tuple(ranked(row))) for row in rows()]
+    asked = []
+    really = judging.judge_rows
+    told = lambda judge, rows, *a, what, **k: (
+        (what == "gold rows" and asked.extend(rows)) or really(judge, rows, *a, what=what, **k)
+    )
+    monkeypatch.setattr("rankwise.judging.judge_rows", told)
+    metrics, *_ = audited(gold=[*known, *gold_rows()])
+    found = metrics["judge"]["measures"]["agreement"]
+    assert found["mean"] == 1.0 and found["of"] == "88 gold pairs"  # 16 rows of 3 pairs, 40 of one
+    assert {row.id for row in asked} == {row.id for row in gold_rows()}
+
+
+def test_gold_may_be_a_file_and_each_annotator_in_it_votes(audited, tmp_path):
+    """Two agree with the judge, one says tie: three votes a pair, not one pooled vote."""
+    lines = [
+        {"prompt": f"Film {n}:", "first": row.answers[2].text, "second": row.answers[0].text, "order": "none", **vote}
+        for n, row in enumerate(rows())
+        for vote in (
+            {"annotator": "ann", "verdict": "A"},
+            {"annotator": "bob", "verdict": "A"},
+            {"annotator": "cid", "verdict": "tie"},
+        )
+    ]
+    (tmp_path / "sheet.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    metrics, *_ = audited(gold_file=tmp_path / "sheet.jsonl")
+    gold = metrics["judge"]["gold"]
+    assert gold["three_ways"]["mean"] == pytest.approx(2 / 3) and gold["both_decide"]["mean"] == 1.0
+    assert sum(map(sum, gold["confusion"])) == 3 * 16
+
+
+def stored(tmp_path, lines) -> JudgeParams:
+    """A judge whose replies are these lines of a file."""
+    path = tmp_path / "data/source/people.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return JudgeParams(kind="stored", verdicts=path.name)
+
+
+def test_what_a_file_does_not_answer_is_no_invalid_reply(audited, tmp_path):
+    """A judge of one pair in three; gold rows of five answers, which a file of pairs says nothing of, stop nothing."""
+    lines = [
+        {"prompt": f"Film {n}:", "first": row.answers[0].text, "second": row.answers[2].text, "order": "none",
+         "verdict": "B"}
+        for n, row in enumerate(rows())
+    ]  # fmt: skip
+    five = Row(
+        id="five", prompt=text_prompt("Five:"), answers=tuple(Answer(text=f"answer {n}", rank=n) for n in range(5))
+    )
+    metrics, page, _ = audited(judge=stored(tmp_path, lines), gold=[five], gates={"invalid_share": 0.05})
+    found = metrics["judge"]
+    assert found["measures"]["invalid_share"]["mean"] == 0 and found["measures"]["invalid_share"]["of"] == "32 replies"
+    assert (found["answered"], found["questions"]) == (32, 96) and "32 of 96" in page
+
+
+def test_votes_without_an_order_show_no_effect_of_the_order(audited, tmp_path):
+    """Two people, each pair written down by each in an order of their own."""
+    lines = [
+        {"prompt": f"Film {n}:", "first": row.answers[one].text, "second": row.answers[other].text, "order": "none",
+         "annotator": who, "verdict": "A"}
+        for n, row in enumerate(rows())
+        for who, one, other in (("ann", 2, 0), ("bob", 0, 2))
+    ]  # fmt: skip
+    metrics, *_ = audited(judge=stored(tmp_path, lines))
+    assert metrics["judge"]["measures"]["flip_rate"]["why_not"] == "one stored verdict stands for both orders of a pair"
+
+
+# Probes without a reply
+
+
+def test_an_attack_that_no_reply_could_be_read_of_is_on_the_page_and_passes_nothing():
+    probes = battery(draw(rows(), 16))
+    deaf = lambda probe: probe.name in ("forged_system_turn", "empty")
+    outcomes = [
+        Outcome(probe=probe, preference=0.0, win=0.5, twin_win=0.5 if probe.twin else None)
+        for probe in probes
+        if not deaf(probe)
+    ]
+    unread = [probe for probe in probes if deaf(probe)]
+    found = audit(Material(name="deaf", outcomes=outcomes, unread_probes=unread), tie_below=0.0, price=(0.0, 0.0))
+    measures = {measure.name: measure for measure in found.measures}
+    assert measures["injection"].status(0.9) == "open" and "forged_system_turn" in measures["injection"].of
+    assert measures["beats_empty"].why_not == "none of 16 probes had a valid reply"
+    assert measures["padding"].status(0.9) == "pass"
+    assert measures["invalid_share"].of_which == "probes"
+    assert measures["invalid_share"].value.mean == len(unread) / len(probes)
+    attacks = {line[0]: line[1:] for line in details(found)[0][3]}
+    assert attacks["forged_system_turn"] == ("not measured", "16 of 16") and attacks["threat"][1] == "0 of 16"
 
 
 # Tables made elsewhere
@@ -298,13 +410,17 @@ def test_gold_may_be_a_table_of_votes_and_each_vote_counts(audited, tmp_path):
     assert sum(map(sum, gold["confusion"])) == 3 * 48
 
 
-def test_a_panel_is_measured_by_its_members(audited):
+def test_a_panel_is_measured_by_its_members(audited, tmp_path):
     given = said_by("a", rows(), prefers_good) + said_by("b", rows(), lambda x, y: -prefers_good(x, y))
     metrics, page, _ = audited(given=given, probes=0)
     assert metrics["judges"] == 2 and metrics["panel"]["panel_alpha"]["mean"] < -0.9
     assert metrics["panel"]["two"][0]["agreement"]["mean"] == 0.0 and "The panel" in page
     with pytest.raises(UserError, match=r"the panel: panel_alpha"):
         audited(given=given, probes=0, gates={"panel_alpha": 0.4})
+    metrics, page, html = read(tmp_path / "report")
+    assert metrics["gates_failed"] == 1
+    assert page.split("\n")[2] == "**No: the judges of the panel do not agree**"
+    assert html.index("No: the judges") < html.index("Not known")
 
 
 # Pages

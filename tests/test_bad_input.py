@@ -218,17 +218,17 @@ def test_verdicts_of_other_rollouts(project):
 
 
 def test_all_answers_tied(project):
-    (project.root / "recipes/same.py").write_text("def score(prompt, answer):\n    return 0.0\n")
-    project.change({"verdicts": {"judge": tiny.JUDGE | {"kind": "callable", "function": "recipes.same:score"}}})
+    (project.root / "recipes/judges.py").write_text("def score(prompt, answer):\n    return 0.0\n")
+    project.change({"verdicts": {"judge": tiny.JUDGE | {"kind": "callable", "function": "recipes.judges:score"}}})
     assert project.run("verdicts").status == 0
     refused(project, "preferences", "all answers tie in 24 of 24 rows", "a tie teaches nothing")
 
 
 @pytest.mark.parametrize("reply", ["float('nan')", "None", "'good'", "1 / 0"])
 def test_a_judge_function_that_gives_no_score(project, reply):
-    (project.root / "recipes/odd.py").write_text(f"def score(prompt, answer):\n    return {reply}\n")
-    project.change({"verdicts": {"judge": tiny.JUDGE | {"kind": "callable", "function": "recipes.odd:score"}}})
-    refused(project, "verdicts", "nan" if "nan" in reply else "judge 'recipes.odd:score' gave no score", "'review-")
+    (project.root / "recipes/judges.py").write_text(f"def score(prompt, answer):\n    return {reply}\n")
+    project.change({"verdicts": {"judge": tiny.JUDGE | {"kind": "callable", "function": "recipes.judges:score"}}})
+    refused(project, "verdicts", "nan" if "nan" in reply else "judge 'recipes.judges:score' gave no score", "'review-")
 
 
 # Sources

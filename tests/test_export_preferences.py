@@ -102,3 +102,10 @@ def test_it_is_a_command(table):
     words = [sys.executable, "-m", "tasks.export_preferences", "--format", "pairs", "--preferences", str(table)]
     done = subprocess.run([*words, str(table.parent / "p.jsonl")], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "6 pairs of split train" in done.stdout, done.stderr
+
+
+def test_the_table_is_not_overwritten_by_its_own_export(table):
+    before = table.read_bytes()
+    with pytest.raises(UserError, match="is the table that is exported, and would be lost"):
+        export(table, table.parent / "." / table.name, format="rankings", split="train")
+    assert table.read_bytes() == before

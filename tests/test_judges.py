@@ -19,7 +19,7 @@ from tasks.judges import JudgeParams, common_family, make_judge, make_panel
 from tasks.tables import keys
 
 TRUTH = {"kind": "callable", "function": "rankwise.corpus:ground_truth"}
-WORDS = "recipes.own:words"
+WORDS = "recipes.judges:words"
 # Judges of the user's own, as a file in the project.
 JUDGES = """
 from rankwise.corpus import ground_truth
@@ -48,7 +48,7 @@ def judge(**values: object) -> dict:
 @pytest.fixture
 def project(tmp_path_factory, tmp_path) -> tiny.Project:
     made = tiny.finished(tmp_path_factory.getbasetemp()).copy(tmp_path / "copy")
-    (made.root / "recipes/own.py").write_text(JUDGES)
+    (made.root / "recipes/judges.py").write_text(JUDGES)
     return made
 
 
@@ -120,6 +120,21 @@ MISTAKES = {
         {"kind": "server", "model": "m", "samples": 3},
         "here.samples is 3 with here.temperature 0, where every draw is the same",
     ),
+    "draws of probabilities": (
+        {"kind": "server", "model": "m", "reply": "logprobs", "temperature": 0.7, "samples": 3},
+        r"here.reply is logprobs, which reads probabilities and draws nothing; .* \(0.7\) at 0 and .* \(3\) at 1",
+    ),
+    "a rubric that DVC does not see": (
+        {"kind": "server", "model": "m", "rubric": "README.md"},
+        "here.rubric: README.md stands where DVC does not see it change.*put it into recipes/rubrics",
+    ),
+    "a function that DVC does not see": (
+        {"kind": "callable", "function": "tasks.judges:make_panel"},
+        "here.function: tasks.judges:make_panel stands in .*where DVC does not see it.*put it into recipes/judges.py",
+    ),
+    "a function without a file": ({"kind": "callable", "function": "math:sqrt"}, "'math:sqrt' is a builtin_function"),
+    "no function": ({"kind": "callable", "function": "recipes.judges:__doc__"}, "is a str and no Python function"),
+    "a relative module": ({"kind": "callable", "function": ".x:f"}, r"'.x:f' cannot be imported \(TypeError"),
     "a server that nobody named": ({"kind": "server", "model": "m"}, "SOME_PREFIX_URL"),
     "no file of replies": ({"kind": "stored"}, "here.verdicts: .*kind is stored, so name one"),
 }
@@ -177,11 +192,11 @@ def test_a_judge_that_knows_makes_right_preferences(written):
 
 def test_a_judge_that_is_wrong_makes_wrong_ones(written):
     """The direction of a score is not lost anywhere on the way."""
-    assert pairs_right(judged(written, kind="callable", function="recipes.own:inverted")) == 0.0
+    assert pairs_right(judged(written, kind="callable", function="recipes.judges:inverted")) == 0.0
 
 
 def test_answers_are_ranked_by_their_scores_and_equal_scores_tie(project):
-    for row in judged(project, kind="callable", function="recipes.own:words"):
+    for row in judged(project, kind="callable", function="recipes.judges:words"):
         words = [len(answer.text.split()) for answer in row.answers]
         assert words == sorted(words, reverse=True)
         assert [answer.rank for answer in row.answers] == [words.index(count) for count in words]
@@ -263,6 +278,43 @@ def test_control_tokens_in_answers_are_counted_and_said(written):
     assert "6 control tokens in the texts shown, written so that they are none" in said(written)
 
 
+# Labels in a file
+
+
+def sheet(project: tiny.Project, count: int) -> str:
+    """A file in data/source with people's verdicts on one pair of each of so many rows, the longer answer better."""
+    lines = []
+    for row in read_rows(project.root / "data/rollouts.parquet")[:count]:
+        longer, shorter = sorted({answer.text for answer in row.answers}, key=lambda text: (-len(text), text))[:2]
+        line = {"row_id": row.id, "first": longer, "second": shorter, "verdict": "A", "order": "none"}
+        lines.append(json.dumps(line) + "\n")
+    (project.root / "data/source/people.jsonl").write_text("".join(lines))
+    return "people.jsonl"
+
+
+def test_a_file_that_answers_some_of_the_questions_has_no_invalid_reply(written):
+    rows = judged(written, kind="stored", verdicts=sheet(written, 6))
+    metrics = written.metrics("verdicts")["judge"]
+    assert (metrics["questions"], metrics["unanswered"]) == (24 * 12, 24 * 12 - 12)
+    assert metrics["invalid"] == metrics["invalid_share"] == 0
+    assert f"people: {24 * 12 - 12} of {24 * 12} questions are not answered by its file" in said(written)
+    assert len(rows) == 6 and all(len(row.answers[0].text) >= len(row.answers[1].text) for row in rows)
+    metrics = written.metrics("preferences")
+    assert (metrics["unjudged_rows"], metrics["all_tied"]) == (18, 0)
+
+
+def test_lines_on_other_texts_are_told_and_a_file_of_them_alone_stops_the_run(written):
+    name = sheet(written, 6)
+    path = written.root / "data/source" / name
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([line.replace('"first": "', '"first": "other') for line in lines[:2]] + lines[2:]))
+    judged(written, kind="stored", verdicts=name)
+    assert "people: 2 of 6 lines speak of no pair asked about" in said(written)
+    path.write_text("".join(line.replace('"first": "', '"first": "other') for line in lines))
+    error = written.run("verdicts").error
+    assert f"the file of people (judge) answers none of {24 * 12} questions" in error
+
+
 # A panel
 
 
@@ -281,7 +333,7 @@ def test_a_panels_replies_stand_side_by_side_under_the_names_of_its_judges(writt
 
 def test_a_mistake_in_a_panel_is_named_before_anybody_is_asked(project):
     project.change(
-        {"verdicts": {"judge": judge(kind="callable", function="recipes.own:words"), "panel": [{}, {"kid": 1}]}}
+        {"verdicts": {"judge": judge(kind="callable", function="recipes.judges:words"), "panel": [{}, {"kid": 1}]}}
     )
     assert "verdicts.panel[1].kid: no such parameter; did you mean 'kind'?" in project.run("verdicts").error
     assert "asked now" not in said(project)
@@ -295,12 +347,12 @@ def test_what_a_function_depends_on_beside_its_file_is_part_of_the_judge(written
     weight = written.root / "data/source/weight.txt"
     for value, right in (("1.0", 1.0), ("-1.0", 0.0), ("1.0", 1.0)):
         weight.write_text(value)
-        assert pairs_right(judged(written, kind="callable", function="recipes.own:from_data")) == right
+        assert pairs_right(judged(written, kind="callable", function="recipes.judges:from_data")) == right
 
 
 def test_switching_back_asks_nothing_again(project):
     expected = project.tree("data/verdicts.parquet")
-    judged(project, kind="callable", function="recipes.own:words")
+    judged(project, kind="callable", function="recipes.judges:words")
     assert project.tree("data/verdicts.parquet") != expected
     judged(project)
     assert project.tree("data/verdicts.parquet") == expected
@@ -331,7 +383,7 @@ def test_a_pairwise_judge_gives_a_win_rate_and_no_reward(project):
 
 
 def test_a_judge_that_is_gold_agrees_with_itself(project):
-    words = judge(kind="callable", function="recipes.own:words")
+    words = judge(kind="callable", function="recipes.judges:words")
     metrics = evaluated(project, judge=words, gold=words)
     assert metrics["win_rate"]["judge"] == metrics["win_rate"]["gold"]
     assert metrics["judge_agrees_with_gold"] == {"pairs": 1.0, "correlation": pytest.approx(1.0)}

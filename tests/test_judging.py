@@ -198,7 +198,7 @@ def test_an_oracles_replies_become_right_rankings_and_its_opposites_wrong_ones(t
     judge = Oracle(pairwise=pairwise, sign=sign, bias=0.7)
     replies = replies_of(judge, table, tmp_path)
     for row in table:
-        mine = [verdict_of("oracle", reply) for reply in replies if reply.question.row_id == row.id]
+        mine = [verdict_of("oracle", judge.identity, reply) for reply in replies if reply.question.row_id == row.id]
         judged = rank(row, mine, tie_below=0.0)
         assert len(judged.row.answers) == len(row.answers) and judged.circular_triads == 0
         for first, second in itertools.permutations(judged.row.answers, 2):

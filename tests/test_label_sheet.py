@@ -15,7 +15,7 @@ from rankwise.rows import write_rows
 from rankwise.store import Store
 from rankwise.stored_judge import StoredJudge
 from rankwise.types import Answer, Message, Row, UserError
-from tasks.label_sheet import COLUMNS, FORMULA, NO_LIMIT, as_csv, as_html, draw, harmless, main
+from tasks.label_sheet import COLUMNS, NO_LIMIT, as_csv, as_html, draw, harmless, main
 
 HOSTILE = '<script>alert(1)</script> & "quotes" \u202e </pre><|im_start|>'
 
@@ -69,14 +69,25 @@ def test_texts_that_a_spreadsheet_would_cut_are_left_out():
         draw(long, 1, seed=0, longest=39)
 
 
-@pytest.mark.parametrize("start", FORMULA)
+STARTS = ("=", "+", "-", "@", "\t", "\r", "＝", "\u00a0=", "\ufeff+")
+
+
+@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("before", ["", " ", "  "])
 def test_no_cell_is_a_formula(start, before):
     text = f'{before}{start}HYPERLINK("http://evil")'
     assert harmless(text) == f"'{text}"
     row = Row(id="r", prompt=(Message(role="user", content="q"),), answers=(Answer(text=text), Answer(text="plain")))
     (line,) = read(as_csv(draw([row], 1, seed=0)))
-    assert not any(value.lstrip(" ").startswith(FORMULA) for value in line.values())
+    assert not any(value.lstrip(" ").startswith(STARTS) for value in line.values())
+
+
+@pytest.mark.parametrize("end", [";", ",", "\t", "\n", "\r\n", "; "])
+@pytest.mark.parametrize("start", ["=", "@", "＋"])
+def test_no_cell_is_a_formula_where_a_spreadsheet_cuts_at_another_sign(end, start):
+    text = harmless(f"good{end}{start}HYPERLINK(1)")
+    assert not any(cell.lstrip().startswith(start) for cell in re.split("[;,\t\r\n]", text))
+    assert text.replace("'", "") == f"good{end}{start}HYPERLINK(1)"
 
 
 def test_other_texts_are_shown_as_they_are():
@@ -162,3 +173,18 @@ def test_mistakes_on_the_command_line_are_told(tmp_path, monkeypatch, capsys, op
     assert main(options) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and message in told
+
+
+def test_a_first_line_end_of_a_text_is_shown(tmp_path):
+    """A browser drops the line end that a pre begins with: one more stands there."""
+    row = Row(id="r", prompt=(Message(role="text", content="\nq"),), answers=(Answer(text="\nx"), Answer(text="y")))
+    page = as_html(draw([row], 1, seed=0))
+    assert {text.removeprefix("\n") for text in re.findall("<pre>(.*?)</pre>", page, re.S)} == {"\nq", "\nx", "y"}
+
+
+def test_a_sheet_that_cannot_be_written_says_so(tmp_path, capsys):
+    write_rows(tmp_path / "rollouts.parquet", rows())
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "sheet.csv"
+    assert main(["--rows", "3", "--rollouts", str(tmp_path / "rollouts.parquet"), "--out", str(out)]) == 2
+    assert "sheet.csv: cannot be written" in capsys.readouterr().err

@@ -268,6 +268,6 @@ def test_the_table_of_a_judge_has_the_same_bytes_every_time_and_after_a_cut(tmp_
                     judge_rows(judge, table, store)
                 assert len(store) == 16
             replies, _ = judge_rows(judge, table, store)
-        write_verdicts(tmp_path / f"{run}.parquet", [("judge", reply) for reply in replies])
+        write_verdicts(tmp_path / f"{run}.parquet", [("judge", judge.identity, reply) for reply in replies])
         written.append((tmp_path / f"{run}.parquet").read_bytes())
     assert written[0] == written[1] == written[2]

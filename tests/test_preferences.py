@@ -1,6 +1,7 @@
 """Stage preferences: what the verdicts were worth is counted, what labels may owe to length stands beside them."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -49,7 +50,7 @@ def stage(tmp_path, monkeypatch):
         write_rows(paths.rollouts, rows)
         write_rows(paths.prompts / "preferences.parquet", imported)
         write_rows(paths.prompts / "eval.parquet", [])
-        write_verdicts(paths.verdicts, replies)
+        write_verdicts(paths.verdicts, [(judge, "identity", reply) for judge, reply in replies])
         run(Params(**params), paths, Stage("preferences", tracker=Silent(), report=paths.report))
         return {row.id: row for row in read_rows(paths.preferences)}, read_json(paths.report / "metrics.json")
 
@@ -122,5 +123,32 @@ def test_imported_rankings_have_lengths_and_no_strengths(stage):
 def test_rows_without_a_valid_verdict_are_no_ties_to_train_on(stage):
     rows = [rollout(name, "one", "two") for name in "ab"]
     broken = [said(row, places, None) for row in rows for places in ((0, 1), (1, 0))]
-    with pytest.raises(UserError, match="all answers tie in 2 of 2 rows"):
+    with pytest.raises(UserError, match="none of the 2 rows has two answers that verdicts compare"):
         stage(rows, [("j", reply) for reply in broken])
+
+
+def test_rows_that_nobody_judged_are_counted_apart_from_ties(stage):
+    """A sheet on one row of four: three are left out, and none of them ties."""
+    rows = [rollout(name, "one", "two") for name in "abcd"]
+    silent = [replace(said(row, places, None), answered=False) for row in rows[1:] for places in ((0, 1), (1, 0))]
+    replies = [*pairs(rows[0], {(0, 1): LOG3}), *silent]
+    found, metrics = stage(rows, [("people", reply) for reply in replies], held_out_share=0.0)
+    assert list(found) == ["a"]
+    assert (metrics["unjudged_rows"], metrics["all_tied"], metrics["invalid_verdicts"]) == (3, 0, 0)
+
+
+def test_verdicts_on_other_texts_are_refused_by_the_row(stage):
+    """The answers sampled anew, under the same ids: in another order, other ones, fewer; another prompt; rows more."""
+    row = rollout("a", "one", "two", "three")
+    replies = [("j", reply) for reply in pairs(row, dict.fromkeys([(0, 1), (1, 2), (0, 2)], LOG3))]
+    others = [
+        rollout("a", "three", "two", "one"),
+        rollout("a", "one", "two", "3"),
+        rollout("a", "one", "two"),
+        replace(row, prompt=text_prompt("q")),
+    ]
+    for other in others:
+        with pytest.raises(UserError, match=r"verdicts\.parquet: row 'a', a verdict of j: .* do not belong together"):
+            stage([other], replies)
+    with pytest.raises(UserError, match="no judge was asked about 1 of 2 rows, 'b' first; the tables do not belong"):
+        stage([row, rollout("b", "one", "two")], replies)

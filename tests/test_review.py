@@ -12,12 +12,13 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from rankwise.rows import write_rows
+from rankwise.rows import read_rows, write_rows
 from rankwise.types import Answer, Message, Row, text_prompt
 from rankwise.verdicts import LOG3, Question, Reply, Verdict, write_verdicts
 from tasks import doubts, markup, review, review_page
@@ -142,6 +143,13 @@ def test_of_a_circle_the_weakest_comparison_is_the_doubtful_one():
     said = [*both_orders("a", 0, 1, 2.0), *both_orders("a", 1, 2, 1.5), *both_orders("a", 2, 0, 0.25)]
     kinds = found([row("a", "x", "y", "z")], said)
     assert {pair for pair, mine in kinds.items() if "circle" in mine} == {("a", 2, 0)}
+
+
+def test_what_a_file_does_not_answer_is_no_invalid_reply(tmp_path):
+    silent = [verdict("a", shown, None, "people", answered=False) for shown in ((1, 2), (2, 1))]
+    assert found([row("a", "x", "y", "z")], silent) == {}
+    page = written(tmp_path / "page.html", [row("a", "x", "y", "z")], [*both_orders("a", 1, 2, 1.0), *silent])
+    assert "0 replies invalid" in page and "not answered" in page
 
 
 def test_an_invalid_reply_is_shown_with_the_answers_that_it_saw_and_makes_no_label():
@@ -403,8 +411,8 @@ def test_stage_verdicts_writes_the_page_beside_its_metrics_and_the_same_one_agai
     project = tiny.Project(tmp_path / "project")
     rows = [row(f"row-{n}", " a superb chase", " a dull yawn", " rain") for n in range(4)]
     write_rows(project.root / "data/rollouts.parquet", rows)
-    (project.root / "judge.py").write_text("def longer(prompt, answer):\n    return len(answer)\n")
-    project.change({"verdicts": {"judge": {**tiny.JUDGE, "kind": "callable", "function": "judge:longer"}}})
+    (project.root / "recipes/judges.py").write_text("def longer(prompt, answer):\n    return len(answer)\n")
+    project.change({"verdicts": {"judge": {**tiny.JUDGE, "kind": "callable", "function": "recipes.judges:longer"}}})
     pages = []
     for _ in range(2):
         said = project.run("verdicts")
@@ -420,7 +428,7 @@ def tables(tmp_path):
     rows, said = many(20)
     people = [verdict(one.row_id, one.shown, (0.0, LOG3), "people") for one in said]
     by_id = {r.id: r for r in rows}
-    replies = [(one.judge, _reply(by_id[one.row_id], one)) for one in (*said, *people)]
+    replies = [(one.judge, "identity", _reply(by_id[one.row_id], one)) for one in (*said, *people)]
     write_rows(tmp_path / "rollouts.parquet", rows)
     write_verdicts(tmp_path / "verdicts.parquet", replies)
     return tmp_path
@@ -449,3 +457,10 @@ def test_by_hand_a_judge_of_the_table_can_be_gold(tables):
 def test_by_hand_an_unknown_judge_is_named_with_those_that_there_are(tables):
     told = by_hand(tables, "--judge", "gpt-5")
     assert told.returncode == 2 and "no verdict of gpt-5; judges there are judge, people" in told.stderr
+
+
+def test_by_hand_verdicts_on_other_texts_are_refused_by_the_row(tables):
+    rows = read_rows(tables / "rollouts.parquet")
+    write_rows(tables / "rollouts.parquet", [replace(one, answers=one.answers[::-1]) for one in rows])
+    told = by_hand(tables)
+    assert told.returncode == 2 and "the tables do not belong together" in told.stderr and rows[0].id in told.stderr

@@ -109,6 +109,19 @@ def test_the_data_says_the_same_to_a_reader_of_json_and_holds_no_control_token(a
     assert [attack for attack in ATTACKS if attack in block] == []
 
 
+UNKNOWN = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]", "<SPECIAL_10>", "<seed:bos>", "</s2>", "[BOS]")
+
+
+@pytest.mark.parametrize(
+    "token", [*UNKNOWN, "<end_of_utterance>", "<|im start|>", "[|system|]", "]~b]system", "<｜x y｜>"]
+)
+def test_what_may_be_a_control_token_of_any_template_is_none_in_the_data_and_is_not_counted(token):
+    question = asked(f"so: {token}", f"{token}{token}", prompt=text_prompt(token))
+    block = data_block(question)
+    assert token not in block and list(json.loads(block).values()) == [token, f"so: {token}", f"{token}{token}"]
+    assert count_controls(question) == 0
+
+
 def test_control_tokens_are_counted_wherever_they_begin():
     assert count_controls(PAIR) == 0
     question = asked("<|im_end|>x</s>", "[INST]", prompt=text_prompt("<|im_start|><|im_start|>"))
@@ -118,7 +131,7 @@ def test_control_tokens_are_counted_wherever_they_begin():
 
 
 def test_ordinary_text_is_left_as_it_is():
-    text = "if a < b | c > d: print('x') # über 日本 <b>bold</b> <|> [INSTALL] s> <s"
+    text = "if a < b | c > d: print(x[0]) # über 日本 <3 s> [] [1] a] ~b <"
     assert data_block(asked(text, "b")) == json.dumps(
         {"prompt": "What is 2 + 2?", "answer_A": text, "answer_B": "b"}, ensure_ascii=False
     )

@@ -1,5 +1,6 @@
 """A judge on a server: every verdict once, whatever fails on the way; no token beyond the budget; no key anywhere."""
 
+import itertools
 import json
 import logging
 import math
@@ -114,12 +115,21 @@ def test_the_tokens_of_a_letter_count_together_whatever_blanks_they_have(rubric)
     assert found.said == "A" and found.reason == ""
 
 
-def test_a_letter_that_is_not_told_is_as_probable_as_the_last_that_is_and_none_at_all_is_no_verdict(rubric):
+def test_a_letter_that_is_not_told_is_as_probable_as_can_be_and_none_at_all_is_no_verdict(rubric):
     found = letter(rubric, ("B", math.log(0.9)), ("Both", math.log(0.05)), ("?", math.log(0.01)))
     assert found.values == pytest.approx((math.log(0.01), math.log(0.9))) and found.mass == pytest.approx(0.9)
-    assert "least probable told: A" in found.reason
+    assert "as probable as can be: A" in found.reason
     for top in ([], [("a", -0.1)], [("A", -9999.0)], [("A", -math.inf)], [("A", math.nan)]):
         assert letter(rubric, *top).values is None
+
+
+def test_a_server_that_tells_one_token_tells_no_tie(rubric):
+    """What the told tokens leave over bounds the letter that is not told; where that is more, nothing is known."""
+    found = letter(rubric, ("A", -0.01))
+    assert found.values == pytest.approx((-0.01, math.log(-math.expm1(-0.01)))) and found.said == "A"
+    assert letter(rubric, ("B", 0.0)).values == pytest.approx((math.log(1e-6), 0.0))
+    for top in ([("A", math.log(0.4))], [("The", math.log(0.5)), ("A", math.log(0.1))]):
+        assert letter(rubric, *top).values is None and "too few tokens" in letter(rubric, *top).reason
 
 
 def test_of_a_list_each_letter_has_its_log_prob(rubric):
@@ -256,6 +266,51 @@ def test_models_that_reason_are_given_the_limit_by_its_later_name(rubric, tmp_pa
         assert all(body["max_completion_tokens"] == 99 and "max_tokens" not in body for body in server.asked)
 
 
+# Questions that the server will not have
+
+
+def of_row(name: str):
+    """Whether a request is about this row of a table, or shows its text."""
+    return lambda body: f'"question {name}"' in body["messages"][1]["content"]
+
+
+def test_a_question_that_is_refused_leaves_the_others_be_and_is_absent_with_the_servers_words(rubric, tmp_path):
+    with a_server(refuse=of_row("3"), latency_s=0.05) as server:
+        replies, _ = judged(a_judge(server, rubric, reasks=1), table(30), tmp_path / "store")
+        refused = [one for one in replies if one.values is None]
+        assert {one.question.row_id for one in refused} == {"r3"} and len(refused) == 2 and len(replies) == 60
+        assert all("status 400" in one.reason and "this one I will not have" in one.reason for one in refused)
+        assert judged(a_judge(server, rubric, reasks=1), table(30), tmp_path / "store") == (replies, 0)
+
+
+def test_where_the_first_questions_are_all_refused_the_server_is_to_blame_and_nothing_is_kept(rubric, tmp_path):
+    for count in (3, 50):
+        with a_server(refuse=lambda body: True) as server:
+            with pytest.raises(UserError, match=rf"refuses the first {min(count * 2, 20)} questions.*will not have"):
+                judged(a_judge(server, rubric), table(count), tmp_path / "store")
+            assert len(server.asked) == 0  # of those that it took
+        with Store(tmp_path / "store") as store:
+            assert len(store) == 0
+
+
+def test_a_few_refused_questions_that_are_left_over_of_an_earlier_run_are_kept(rubric, tmp_path):
+    budget = lambda: Budget(tmp_path / "spending")
+    with a_server(refuse=of_row("3")) as server:
+        judged(a_judge(server, rubric, budget=budget()), table(3), tmp_path / "store")
+        replies, asked = judged(a_judge(server, rubric, budget=budget(), reasks=0), table(4), tmp_path / "store")
+    assert asked == 2 and sum(one.values is None for one in replies) == 2
+
+
+def test_a_refusal_that_quotes_the_later_name_from_an_answer_changes_no_other_request(rubric, tmp_path):
+    rows = table(12)
+    evil = Answer(text="EVIL max_completion_tokens")
+    rows[3] = replace(rows[3], answers=(rows[3].answers[0], evil))
+    with a_server(refuse=lambda body: "EVIL" in body["messages"][1]["content"], why=evil.text) as server:
+        replies, _ = judged(a_judge(server, rubric, reasks=0, concurrency=2), rows, tmp_path / "store")
+    assert sum(one.values is None for one in replies) == 2 and server.asked
+    assert not any("max_completion_tokens" in body for body in server.asked)
+
+
 # What is asked
 
 
@@ -280,16 +335,16 @@ def test_draws_are_told_apart_by_their_seeds(rubric, tmp_path):
 
 
 def test_the_identity_is_what_replies_depend_on_and_nothing_else(rubric, tmp_path):
-    def identity(model="m", text=None, url="http://a/v1", **given) -> str:
+    def identity(model="m", text=None, url="http://a/v1", called=None, **given) -> str:
         other = rubric
         if text:
             (tmp_path / "other.md").write_text(text)
             other = Rubric(tmp_path / "other.md")
-        return ServerJudge("n", model=model, rubric=other, endpoint=Endpoint(url=url), **given).identity
+        return ServerJudge("n", model=model, rubric=other, endpoint=Endpoint(url=url, model=called), **given).identity
 
     same = {identity(), identity(url="http://b/v1"), identity(samples=3, temperature=0.0), identity(reasks=0)}
-    assert same == {identity(budget=Budget(limit=5))}
-    other = [{"model": "m2"}, {"text": "The shorter one."}, {"reply": "logprobs"}]
+    assert same == {identity(budget=Budget(limit=5)), identity(called="m")}
+    other = [{"model": "m2"}, {"text": "The shorter one."}, {"reply": "logprobs"}, {"called": "m2"}]
     other += [{"temperature": 0.5}, {"max_reply_tokens": 9}]
     assert len({identity(**one) for one in other} - same) == len(other)
     letters = {"reply": "logprobs"}
@@ -472,7 +527,7 @@ def test_a_key_is_in_no_file_log_exception_or_table_even_where_the_server_quotes
         judge = a_judge(server, rubric, key=KEY, retries=1, budget=Budget(tmp_path / "spending"))
         try:
             replies, _ = judged(judge, table(10), tmp_path / "store")
-            write_verdicts(tmp_path / "verdicts.parquet", [("judge", one) for one in replies])
+            write_verdicts(tmp_path / "verdicts.parquet", [("judge", judge.identity, one) for one in replies])
             assert len(read_verdicts(tmp_path / "verdicts.parquet")) == 10
         except UserError as error:
             told = "".join(traceback.TracebackException.from_exception(error, capture_locals=False).format())
@@ -484,7 +539,77 @@ def test_a_key_is_in_no_file_log_exception_or_table_even_where_the_server_quotes
     assert (tmp_path / "spending").exists() and not files_with_the_key(tmp_path)
 
 
+@pytest.mark.parametrize("key", [KEY, 'sk-canary-"e07\\c1a53'])
+@pytest.mark.parametrize("reply", [{"error": "bad key KEY"}, {"choices": [{"message": None, "x": "KEY"}]}])
+def test_a_whole_answer_that_is_no_verdict_does_not_tell_the_key(reply, key, rubric):
+    quoting = json.loads(json.dumps(reply).replace("KEY", json.dumps(key)[1:-1]))
+    with a_server(whole_reply=lambda whole: quoting) as server, pytest.raises(Unavailable, match=r"\[key\]") as error:
+        list(a_judge(server, rubric, key=key, retries=0).ask(a_question()))
+    assert not any(form in str(error.value) for form in (key, json.dumps(key)[1:-1]))
+
+
+def test_a_short_key_is_no_secret_and_leaves_numbers_and_names_as_they_are(rubric):
+    with a_server(whole_reply=lambda whole: {**whole, "created": 1732123456}) as server:
+        for key in ("123", "token"):
+            _, raw = next(a_judge(server, rubric, key=key).ask(a_question()))
+            assert raw["reply"]["created"] == 1732123456 and raw["reply"]["usage"]["prompt_tokens"] > 0
+
+
+# Odd replies
+
+
+def a_question() -> list[Question]:
+    return [Question(row_id="r", prompt=text_prompt("q"), answers=("a", "bb"), places=(0, 1))]
+
+
+@pytest.mark.parametrize("inner", [True, False], ids=["in the reason", "in the reply"])
+def test_half_a_surrogate_pair_in_a_reply_loses_nothing(inner, rubric, tmp_path):
+    def odd(choice: dict) -> None:
+        text = choice["message"]["content"]
+        choice["message"]["content"] = text.replace("It", "\\ud83d") if inner else text.replace("It", "\ud83d")
+
+    with a_server(odd=odd) as server:
+        judge = a_judge(server, rubric)
+        replies, _ = judged(judge, table(5), tmp_path / "store")
+    assert len(replies) == 10 and all(one.values and "\ufffd says" in one.reason for one in replies)
+    write_verdicts(tmp_path / "verdicts.parquet", [("judge", judge.identity, one) for one in replies])
+
+
+@pytest.mark.parametrize("count", [2**31, 2**63, 10**30])
+def test_counts_of_tokens_that_cannot_be_true_are_not_told(count, rubric, tmp_path):
+    usage = {"prompt_tokens": count, "completion_tokens": 1}
+    with a_server(whole_reply=lambda whole: {**whole, "usage": usage}) as server:
+        judge = a_judge(server, rubric)
+        replies, _ = judged(judge, table(1), tmp_path / "store")
+    assert [one.prompt_tokens for one in replies] == [0, 0]
+    assert judge.spent().prompt == 0 and judge.spent().charged > 0
+
+
 # Killed
+
+
+def test_replies_are_kept_although_none_follows(rubric, tmp_path):
+    """Of 8 questions 7 are answered at once and the last after long: meanwhile the 7 are in the store."""
+    last, kept = threading.Event(), []
+
+    def odd(whole: dict) -> dict:
+        with lock:
+            number = next(numbers)
+        if number == 7:
+            last.wait(timeout=20)
+        return whole
+
+    lock, numbers = threading.Lock(), itertools.count()
+    with a_server(whole_reply=odd) as server, Store(tmp_path / "store") as store:
+        asking = threading.Thread(target=judged, args=(a_judge(server, rubric), table(4), tmp_path / "store"))
+        asking.start()
+        deadline = time.monotonic() + 10
+        while len(store) < 7 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        kept.append(len(store))
+        last.set()
+        asking.join()
+        assert kept == [7] and len(store) == 8
 
 
 def test_killed_twice_every_verdict_is_there_once_and_nothing_kept_is_asked_again(tmp_path):

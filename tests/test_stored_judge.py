@@ -72,6 +72,24 @@ def test_log_odds_are_taken_as_they_are_and_turned_with_the_order(tmp_path):
     assert odds(said(judge, "x", "y")) == 1.25 and odds(said(judge, "y", "x")) == -1.25
 
 
+def test_a_reply_is_orderless_where_every_vote_behind_it_holds_for_both_orders(tmp_path):
+    """Whichever way round the lines are written: ann's and bob's stand for both orders, eve saw one."""
+    both = [
+        verdict("x", "y", "A", order="none", annotator="ann"),
+        verdict("y", "x", "B", order="none", annotator="bob"),
+    ]
+    judge = stored(tmp_path, *both, {**ranking(v=0, w=1), "annotator": "cy"})
+    assert all(said(judge, *texts).orderless for texts in (("x", "y"), ("y", "x"), ("v", "w"), ("w", "v")))
+    judge = stored(tmp_path, *both, verdict("x", "y", "A", annotator="eve"))
+    assert not said(judge, "x", "y").orderless and said(judge, "y", "x").orderless
+
+
+def test_lines_that_speak_of_nothing_asked_about_are_counted(tmp_path):
+    judge = stored(tmp_path, verdict("x", "y"), verdict("y", "z"), verdict("u", "v"), ranking(x=0, y=1))
+    asked = [Question(row_id="r1", prompt=PROMPT, answers=("y", "x"), places=(1, 0))]
+    assert judge.idle(asked) == (2, 4)
+
+
 # What is answered
 
 
@@ -89,9 +107,10 @@ def test_a_question_that_the_file_does_not_answer_is_absent_and_never_guessed(tm
         replies, asked = judge_rows(judge, rows, store)
     assert asked == len(replies) == 6
     assert sum(reply.values is None for reply in replies) == 4
-    judged = rank(rows[0], [verdict_of(judge.name, reply) for reply in replies], tie_below=0.05)
+    judged = rank(rows[0], [verdict_of(judge.name, judge.identity, reply) for reply in replies], tie_below=0.05)
     assert [answer.text for answer in judged.row.answers] == ["y", "x"]
-    assert (judged.unjudged, judged.invalid) == (1, 4)
+    assert (judged.unjudged, judged.invalid) == (1, 0)
+    assert sum(reply.answered for reply in replies) == 2
 
 
 @pytest.mark.parametrize("unanswered", ["", "  ", None])
@@ -154,7 +173,7 @@ def test_a_ranking_comes_out_of_the_whole_path_as_it_went_in(tmp_path, count):
     judge, rows = stored(tmp_path, ranking(**ranks)), [row(*ranks)]
     with Store(tmp_path / "store.sqlite") as store:
         replies, _ = judge_rows(judge, rows, store)
-    judged = rank(rows[0], [verdict_of(judge.name, reply) for reply in replies], tie_below=0.05)
+    judged = rank(rows[0], [verdict_of(judge.name, judge.identity, reply) for reply in replies], tie_below=0.05)
     assert [ranks[answer.text] for answer in judged.row.answers] == list(range(count))
     assert judged.circular_triads == judged.invalid == 0
 
@@ -225,7 +244,7 @@ def test_a_line_that_is_there_twice_counts_once(tmp_path):
 def test_reasons_and_votes_stay_beside_the_reply(tmp_path):
     reply = said(stored(tmp_path, verdict("x", "y", annotator="ann", reason="warmer")), "x", "y")
     assert reply.reason == "warmer"
-    vote = {"annotator": "ann", "place": "line 1", "reason": "warmer", "said": "A", "value": None}
+    vote = {"annotator": "ann", "place": "line 1", "reason": "warmer", "said": "A", "value": None, "orderless": False}
     assert json.loads(reply.raw) == {"votes": [vote]}
 
 
@@ -326,6 +345,8 @@ def test_a_line_that_makes_no_sense_is_named(tmp_path, line, message):
         ("a.jsonl", b'{"pair": "q1"\n', r"line 1: not JSON"),
         ("a.jsonl", b"[1]\n", r"line 1: an object with named columns"),
         ("a.jsonl.gz", b"no gzip", r"not a whole gzip file"),
+        ("a.csv.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + b"\xff" * 50, r"not a whole gzip file"),
+        ("a.jsonl", b"[" * 100_000, r"line 1: nested too deep"),
         ("a.jsonl", b"", r"no line gives a verdict"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 
 from rankwise.judging import Question, Reply
 from rankwise.rows import read_table, write_rows
-from rankwise.types import UserError, text_prompt
+from rankwise.types import Answer, Row, UserError, text_prompt
 from rankwise.verdicts import SCHEMA, read_verdicts, write_verdicts
 
 
@@ -17,10 +17,10 @@ def reply(row_id: str, places: tuple[int, ...], values, *, sample=0, attempt=0, 
 
 
 REPLIES = [
-    ("words", reply("b", (1, 0), (0.5, -0.25), said="A", mass=0.9, prompt_tokens=7)),
-    ("words", reply("b", (0, 1), None, attempt=3, reason="no JSON", raw="[[A]] ü", completion_tokens=9)),
-    ("words", reply("a", (2, 0, 1), (0.0, 1.0, 2.0), sample=1, said="C > B > A")),
-    ("scores", reply("b", (0,), (-1e-9,), raw='{"score": -1e-09}')),
+    ("words", "identity", reply("b", (1, 0), (0.5, -0.25), said="A", mass=0.9, prompt_tokens=7)),
+    ("words", "identity", reply("b", (0, 1), None, attempt=3, reason="no JSON", raw="[[A]] ü", completion_tokens=9)),
+    ("words", "identity", reply("a", (2, 0, 1), (0.0, 1.0, 2.0), sample=1, said="C > B > A")),
+    ("scores", "other identity", reply("b", (0,), (-1e-9,), raw='{"score": -1e-09}')),
 ]
 
 
@@ -39,6 +39,7 @@ def test_every_reply_is_read_as_it_was_written(tmp_path):
     assert invalid.values is None and invalid.attempts == 4
     assert (invalid.reason, invalid.raw, invalid.completion_tokens) == ("no JSON", "[[A]] ü", 9)
     assert score.values == (-1e-9,) and score.raw == '{"score": -1e-09}'
+    assert (score.identity, score.answered, score.orderless) == ("other identity", True, False)
     [listed] = found["a"]
     assert (listed.shown, listed.sample, listed.values) == ((2, 0, 1), 1, (0.0, 1.0, 2.0))
 
@@ -53,6 +54,33 @@ def test_no_reply_is_a_table_too(tmp_path):
     assert write_verdicts(tmp_path / "v.parquet", []) == 0
     assert read_verdicts(tmp_path / "v.parquet") == {}
     assert read_table(tmp_path / "v.parquet").schema.equals(SCHEMA)
+
+
+def test_what_nobody_answered_and_what_has_no_order_is_told(tmp_path):
+    given = [{"answered": False}, {"orderless": True}, {}]
+    replies = [("j", "i", reply("a", (0, n), None if one else (1.0, 0.0), **one)) for n, one in enumerate(given, 1)]
+    write_verdicts(tmp_path / "v.parquet", replies)
+    found = read_verdicts(tmp_path / "v.parquet")["a"]
+    assert [(v.answered, v.orderless) for v in found] == [(False, False), (True, True), (True, False)]
+
+
+def judged_row(row_id: str, *texts: str, prompt: str = "p") -> Row:
+    return Row(id=row_id, prompt=text_prompt(prompt), answers=tuple(Answer(text=text) for text in texts))
+
+
+def test_verdicts_are_read_beside_the_rows_that_they_are_on_and_no_others(tmp_path):
+    """Texts, their order and the prompt count; answers that nobody was shown may differ."""
+    write_verdicts(tmp_path / "v.parquet", [("j", "i", reply("a", (2, 0), (1.0, 0.0)))])
+    mine = read_verdicts(tmp_path / "v.parquet", {"a": judged_row("a", "answer 0", "unseen", "answer 2")})
+    assert [v.shown for v in mine["a"]] == [(2, 0)]
+    for row, why in [
+        (judged_row("b", "answer 0", "answer 1", "answer 2"), "no row has this id"),
+        (judged_row("a", "answer 0", "answer 1"), r"it is on places \[2, 0\], and the row has 2 answers"),
+        (judged_row("a", "answer 2", "answer 1", "answer 0"), "it is on other texts"),
+        (judged_row("a", "answer 0", "answer 1", "answer 2", prompt="q"), "it is on other texts"),
+    ]:
+        with pytest.raises(UserError, match=rf"v\.parquet: row 'a', a verdict of j: {why}.*; the tables do not belong"):
+            read_verdicts(tmp_path / "v.parquet", {row.id: row})
 
 
 def test_another_table_is_refused_by_its_columns(tmp_path):
