@@ -78,9 +78,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
 
 
 def summary(judge: Judge, replies: Sequence[Reply]) -> dict[str, Any]:
-    """What a judge's replies amount to: none of it differs from run to run."""
-    from rankwise.evaluation import mean
-
+    """How a judge replied; what its replies are worth is measured by stage audit_judge. Equal from run to run."""
     valid = [reply for reply in replies if reply.values is not None]
     answered = sum(reply.answered for reply in replies)
     found = {
@@ -94,12 +92,8 @@ def summary(judge: Judge, replies: Sequence[Reply]) -> dict[str, Any]:
         "completion_tokens": sum(reply.completion_tokens for reply in replies),
         "controls": sum(reply.controls for reply in replies),
     }
-    if not judge.pairwise or not valid:
-        return found
-    found["mass_mean"] = sum(reply.mass for reply in valid) / len(valid)
-    if both := list(_both_orders(valid)):
-        found["position_bias"] = mean([(ij + ji) / 2 for ij, ji in both]).as_dict()
-        found["flipped_share"] = sum(ij * ji > 0 for ij, ji in both) / len(both)
+    if judge.pairwise and valid:
+        found["mass_mean"] = sum(reply.mass for reply in valid) / len(valid)
     return found
 
 
@@ -133,18 +127,6 @@ def _tell_spending(member: Member, spent: Spending, stage: Stage) -> None:
         f"{member.judge.name}: {spent.requests:,} requests now, {spent.prompt:,} + {spent.completion:,} tokens{money}"
     )
     stage.tracker.metrics({f"{member.section}/{k}_now": v for k, v in asdict(spent).items()}, step=None)
-
-
-def _both_orders(replies: Sequence[Reply]) -> Iterator[tuple[float, float]]:
-    """Of each pair shown in both orders, the log-odds that the answer shown first is better, once for each order."""
-    odds = {
-        (reply.question.row_id, reply.question.sample, *reply.question.places): reply.values[0] - reply.values[1]
-        for reply in replies
-        if len(reply.values) == 2
-    }
-    for (row_id, sample, i, j), first in odds.items():
-        if i < j and (row_id, sample, j, i) in odds:
-            yield first, odds[row_id, sample, j, i]
 
 
 def _tell(found: dict[str, Any], family: str, stage: Stage) -> None:

@@ -221,8 +221,8 @@ def test_a_language_model_is_asked_about_every_pair_in_both_orders(project):
     assert all(0 < one.mass <= 1 and one.said in ("A", "B", "tie") for one in verdicts(project))
     both = [(odds, shown[row_id, j, i]) for (row_id, i, j), odds in shown.items() if i < j]
     metrics = project.metrics("verdicts")["judge"]
-    assert metrics["position_bias"]["mean"] == pytest.approx(sum(a + b for a, b in both) / 2 / len(both))
-    assert metrics["flipped_share"] == pytest.approx(sum(a * b > 0 for a, b in both) / len(both))
+    bias = project.metrics("preferences")["position_bias_mean"]
+    assert bias == pytest.approx(sum(a + b for a, b in both) / 2 / len(both))
     assert metrics["invalid"] == 0 and metrics["prompt_tokens"] == sum(one.prompt_tokens for one in verdicts(project))
 
 
