@@ -12,95 +12,25 @@ and cancels. Stages run one after another: they share one machine's memory and a
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import fcntl
 import os
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow, get_run_logger
 from prefect.states import Completed, Failed, State
 
-from flows import graph, keys, process, summary
+from flows import graph, keys, summary
+from flows.command import Command
+from flows.stages import MISTAKE, NAMES, Going, StageFailed, going, leave_artifact, only_run, run_stage
 from flows.summary import Outcome
 from rankwise.types import UserError
 from tasks.params import read_yaml
 from tasks.rounds import check
-from tasks.tracking import home
-
-# Stages that ask services outside this machine, through code of the user's too: these are tried again whatever broke,
-# and any other one that says itself that its trouble may pass; after so many seconds each time.
-RETRIED = frozenset({"rollouts", "verdicts"})
-RETRY_AFTER_S = [float(seconds) for seconds in os.environ.get("RANKWISE_RETRY_AFTER_S", "10 60").split()]
-# Names of Failed states, by a stage's exit status
-MISTAKE = "Mistake"  # trying again cannot mend it
-AWAY = "Away"  # a server is away, busy, or died: trying again may do
-NAMES = {2: MISTAKE, os.EX_TEMPFAIL: AWAY}
-
-
-@dataclass
-class _Going:
-    """What stages of the run in this process leave for each other and for its end."""
-
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
-    tracker: Any = None  # the pipeline's MLflow run, while there is one
-    keys: dict[str, str] = field(default_factory=dict, repr=False)  # of servers, for the environment of stages alone
-
-
-_going: ContextVar[_Going] = ContextVar("going")
-
-
-class StageFailed(Exception):
-    """A stage failed: carries how every stage of the run ended."""
-
-    def __init__(self, stage: Outcome, outcomes: list[Outcome]):
-        super().__init__(f"stage {stage.stage} failed: {stage.note}")
-        self.stage, self.outcomes = stage, outcomes
-
-
-def _worth_a_retry(one: Any, task_run: Any, state: State) -> bool:
-    passes = state.name == AWAY or (graph.matches(RETRIED, one.name) and state.name != MISTAKE)
-    return passes and task_run.run_count <= len(RETRY_AFTER_S) and not process.stopping.is_set()
-
-
-# One more retry than the condition ever allows: at the true last attempt Prefect would log a traceback, even of
-# a state that is returned.
-@task(
-    task_run_name="{stage}",
-    retries=len(RETRY_AFTER_S) + 1,
-    retry_delay_seconds=RETRY_AFTER_S,
-    retry_condition_fn=_worth_a_retry,
-    persist_result=False,
-    cache_policy=NO_CACHE,
-)
-def run_stage(stage: str, force: bool = False) -> State:
-    """Run one stage through DVC, in a process of its own; the state says whether it ran or was cached."""
-    logger, reading, began = get_run_logger(), graph.Reading(stage), time.monotonic()
-
-    def show(line: str) -> None:
-        if (text := reading.take(line)) is not None:
-            logger.info("%s", text)
-
-    forced = ["--force"] if force else []
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", *forced, stage]
-    # `python` and `accelerate` in dvc.yaml are those of this environment, activated or not.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    status = process.run(command, show, env={**os.environ, **_going.get().keys, "PATH": path})
-    outcome = reading.outcome(status, time.monotonic() - began)
-    _going.get().outcomes[stage] = outcome
-    if outcome.state == "failed":
-        return Failed(name=NAMES.get(outcome.status, "Failed"), message=outcome.note)
-    _leave_metrics(stage, outcome)
-    if outcome.state == "cached":
-        return Completed(name="Cached", message=outcome.note)
-    return Completed(message=f"ran in {outcome.seconds:.1f} s")
 
 
 def _run_name() -> str:
@@ -133,14 +63,14 @@ def align(
         data: files or folders that the recipe reads
         force: stages to run although nothing changed
     """
-    _going.set(_Going())
+    going.set(Going())
     given = {"target": target, "recipe": recipe, "data": data, "force": force}
     try:
-        with _only_run():
+        with only_run():
             nodes = prepare(**given)
-            _going.get().keys = keys.from_secrets(os.environ)
+            going.get().environment = keys.from_secrets(os.environ)
             with _tracked(given, nodes):
-                outcomes = _run_all(nodes, force or [])
+                outcomes = run_in_order(nodes, force or [])
     except UserError as error:
         return Failed(name=MISTAKE, message=str(error))
     except StageFailed as failure:
@@ -171,8 +101,8 @@ def prepare(
     return nodes
 
 
-def _run_all(nodes: list[graph.Node], force: list[str]) -> list[Outcome]:
-    """Run the stages in order; raises StageFailed at the first that fails."""
+def run_in_order(nodes: list[graph.Node], force: list[str]) -> list[Outcome]:
+    """Run stages one after another; raises StageFailed at the first that fails."""
     states: dict[str, State] = {}
     outcomes: list[Outcome] = []
     for node in nodes:
@@ -182,26 +112,18 @@ def _run_all(nodes: list[graph.Node], force: list[str]) -> list[Outcome]:
         states[node.name] = state
         # Without an outcome the task itself broke: a defect here, or a server that went away.
         broke = Outcome(stage=node.name, state="failed", note=state.message or state.name, status=1)
-        outcomes.append(_going.get().outcomes.get(node.name, broke))
+        outcomes.append(going.get().outcomes.get(node.name, broke))
         if outcomes[-1].state == "failed":
             left = [Outcome(stage=other.name, state="not run") for other in nodes[len(outcomes) :]]
             raise StageFailed(outcomes[-1], outcomes + left)
     return outcomes
 
 
-def _leave_metrics(stage: str, outcome: Outcome) -> None:
-    tracker = _going.get().tracker
-    run = tracker.run_of(stage, ran=outcome.state == "ran") if tracker else None
-    if (table := summary.metrics_markdown(stage, run["url"] if run else None)) is not None:
-        said = f"metrics of {stage} ({outcome.state}{', ' + outcome.note if outcome.note else ''})"
-        _leave_artifact(stage, table, said)
-
-
 def _leave_summary(outcomes: list[Outcome]) -> None:
     whole = all(outcome.state in ("ran", "cached") for outcome in outcomes)
     result = summary.headline_markdown() if whole else ""  # after a failure it is that of an earlier run
     text = "\n\n".join(part for part in (result, summary.stages_markdown(outcomes)) if part)
-    _leave_artifact("summary", text, f"the run at a glance: {summary.counts(outcomes)}")
+    leave_artifact("summary", text, f"the run at a glance: {summary.counts(outcomes)}")
     _name_by_result(summary.in_short(outcomes))
 
 
@@ -217,16 +139,6 @@ def _name_by_result(result: str) -> None:
         get_run_logger().warning("the run keeps its first name: %s", error)
 
 
-def _leave_artifact(name: str, markdown: str, description: str) -> None:
-    from prefect.artifacts import create_markdown_artifact
-
-    key = "".join(letter if letter.isalnum() else "-" for letter in name.lower())
-    try:
-        create_markdown_artifact(key=key, markdown=markdown, description=description)
-    except Exception as error:  # the files are the record; a page that could not be written stops nothing
-        get_run_logger().warning("no artifact %s: %s", key, error)
-
-
 @contextlib.contextmanager
 def _tracked(given: dict[str, Any], nodes: list[graph.Node]) -> Iterator[None]:
     """A parent run in MLflow for the stages that will run; none when nothing will."""
@@ -239,24 +151,19 @@ def _tracked(given: dict[str, Any], nodes: list[graph.Node]) -> Iterator[None]:
 
     params = {name: value for name, value in given.items() if value}
     with pipeline_run(str(flow_run.name), params, {"prefect.flow_run_id": str(flow_run.id)}) as tracker:
-        _going.get().tracker = tracker
+        going.get().tracker = tracker
         yield
 
 
-@contextlib.contextmanager
-def _only_run() -> Iterator[None]:
-    """One checkout serves one run at a time; the kernel frees the lock however its holder dies."""
-    path = home() / "locks" / "flow.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError("another run of this checkout is going on; wait for it or stop it") from None
-        yield
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", metavar="STAGE", help="run up to this stage (default: all stages)")
+    parser.add_argument("--recipe", metavar="FILE", help="a params file to use instead of the present params.yaml")
+    parser.add_argument("--data", metavar="PATH", nargs="+", help="files or folders that the recipe reads")
+    parser.add_argument("--force", metavar="STAGE", action="append", help="run this stage although nothing changed")
 
 
 if __name__ == "__main__":
-    from flows.command import main
-
-    raise SystemExit(main(align, prepare, __doc__))
+    command = Command(
+        module="flows.align", doc=__doc__, flow=align, prepare=prepare, arguments=_arguments, show=summary.show
+    )
+    raise SystemExit(command.main())

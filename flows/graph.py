@@ -28,6 +28,8 @@ _HINTS = (
     "Data and pipelines are up to date",
 )
 
+ROOT = "dvc.yaml"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
@@ -37,23 +39,27 @@ class Node:
         Node(name="dpo", upstream=("preferences", "reference_logprobs"))
     """
 
-    name: str  # as `dvc repro` takes it: "dpo", "dpo@2" (a round), "data/x.csv.dvc" (an added file)
+    # as `dvc repro` takes it: "dpo", "dpo@2" (a round), "data/x.csv.dvc" (an added file), "sweeps/dvc.yaml:dpo@x"
+    name: str
     upstream: tuple[str, ...]  # the stages whose outputs it reads, sorted
 
 
-def plan(target: str | None = None) -> list[Node]:
+def plan(target: str | None = None, *, file: str = ROOT) -> list[Node]:
     """The stages to run, in the order in which `dvc repro` would run them.
 
-    target ends the plan at that stage; the name of a `foreach` group means all of its stages. Raises
-    UserError where the target is unknown or DVC cannot read the graph.
+    target ends the plan at that stage; the name of a `foreach` group means all of its stages. Without one, all stages
+    of a file are wanted, with what they need of others. Raises UserError where the target is unknown or DVC cannot
+    read the graph.
     """
     with _repository() as repo:
         graph = repo.index.graph
-        names = {stage.addressing for stage in graph}
-        ends = None
         if target is not None:
-            _refuse_unknown(target, names)
+            _refuse_unknown(target, {stage.addressing for stage in graph if not of_another_file(stage.addressing)})
             ends = [stage for stage in graph if _is(target, stage.addressing)]
+        elif file == ROOT:
+            ends = [stage for stage in graph if not of_another_file(stage.addressing)]
+        else:
+            ends = [stage for stage in graph if stage.addressing.startswith(f"{file}:")]
         # DVC's own planner: the same order gives a dvc.lock with the same lines in the same places.
         from dvc.repo.reproduce import get_active_graph, plan_repro
 
@@ -62,6 +68,11 @@ def plan(target: str | None = None) -> list[Node]:
             Node(name=stage.addressing, upstream=tuple(sorted(up.addressing for up in graph.successors(stage))))
             for stage in steps
         ]
+
+
+def of_another_file(stage: str) -> bool:
+    """Whether a stage is one of another dvc.yaml than the root's."""
+    return ":" in stage
 
 
 def stale(names: Iterable[str]) -> dict[str, Any] | None:
@@ -116,7 +127,7 @@ class Reading:
             self._last = line.strip()
         if not line.strip() or line.startswith(_HINTS):
             return None
-        name = self.stage.partition("@")[0]  # a stage's own lines do not say the round
+        name = self.stage.rpartition(":")[2].partition("@")[0]  # a stage's own lines do not say the round
         return line.removeprefix(f"[{name}] ").removeprefix(f"{name}: ")
 
     def outcome(self, status: int, seconds: float) -> Outcome:

@@ -19,16 +19,24 @@ from collections.abc import Callable, Iterator
 # Seconds between SIGTERM and SIGKILL, for a checkpoint. Below the 30 that a Prefect worker gives a flow.
 GRACE_S = float(os.environ.get("RANKWISE_GRACE_S", "20"))
 
-# Set when a child was told to stop; a retry would revive the stage that a person has just stopped.
+# Set when a child was told to stop, or when all are to: children that other threads wait for stop too, none is started
+# any more, and no retry revives the stage that a person has just stopped.
 stopping = threading.Event()
+
+
+class Stopped(Exception):
+    """The child was told to stop, because `stopping` was set."""
 
 
 def run(command: list[str], on_line: Callable[[str], None], *, env: dict[str, str] | None = None) -> int:
     """Run a command to its end, passing each line of its output on as it comes; returns its exit status.
 
     A negative status is the signal that killed it. When this returns or raises, no process of the group is
-    left. Call it from the main thread: the kernel ties the parent-death signal to the calling thread.
+    left. Raises Stopped where `stopping` is set. The kernel ties the parent-death signal to the calling thread, which
+    waits here; it ends with this process.
     """
+    if stopping.is_set():
+        raise Stopped
     child = subprocess.Popen(
         bound_to_this(command),
         stdin=subprocess.DEVNULL,
@@ -41,6 +49,8 @@ def run(command: list[str], on_line: Callable[[str], None], *, env: dict[str, st
     try:
         for line in _lines(child):
             on_line(line)
+        if stopping.is_set():
+            raise Stopped
         return child.wait()
     except BaseException:
         stopping.set()
@@ -83,6 +93,8 @@ def _lines(child: subprocess.Popen, deadline: float | None = None) -> Iterator[s
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while deadline is None or time.monotonic() < deadline:
+            if deadline is None and stopping.is_set():
+                return
             if not selector.select(0.5):
                 if deadline is None and child.poll() is not None:
                     _signal_group(child, signal.SIGTERM)

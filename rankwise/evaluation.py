@@ -46,6 +46,21 @@ def share(successes: float, count: int) -> Estimate:
     return Estimate(mean=p, low=max(0.0, centre - half), high=min(1.0, centre + half))
 
 
+def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of several runs' estimates of one quantity, with an interval for the mean over all runs there could be.
+
+    The variance between runs holds their own sampling error, and that of few runs is small by luck at times; so the
+    interval is never narrower than sampling error alone would make it. Raises ValueError on none.
+    """
+    means = np.asarray([one.mean for one in estimates], dtype=np.float64)
+    if not len(means):
+        raise ValueError("a mean of no runs was asked for")
+    within = float(np.mean([((one.high - one.low) / (2 * Z95)) ** 2 for one in estimates]))
+    between = float(means.var(ddof=1)) if len(means) > 1 else 0.0
+    half = Z95 * math.sqrt(max(within, between) / len(means))
+    return Estimate(mean=float(means.mean()), low=float(means.mean()) - half, high=float(means.mean()) + half)
+
+
 def win_rate(policy: Sequence[float], reference: Sequence[float], *, tie_below: float = 0.0) -> Estimate:
     """Share of prompts where the policy's answer scores higher; at most tie_below apart counts one half."""
     gaps = np.asarray(policy, dtype=np.float64) - np.asarray(reference, dtype=np.float64)

@@ -104,6 +104,7 @@ class PreferenceSettings:
     beta: float = 0.1  # strength of the KL term; higher keeps the policy closer to the reference
     loss: Loss = "plackett_luce"
     label_smoothing: float = 0.0  # probability that a ranking is the wrong way round
+    unlikelihood: float = 0.0  # weight of the worse answers in the loss "likelihood"
     length_normalised: bool = False  # log-ratios per token, so that longer answers earn no margin by length
 
 
@@ -150,6 +151,7 @@ class PreferenceLearner:
             loss=self._settings.loss,
             label_smoothing=self._settings.label_smoothing,
             beta=self._settings.beta,
+            unlikelihood=self._settings.unlikelihood,
         )
 
     def reference_logps(self, batch: Batch) -> Tensor:

@@ -8,6 +8,8 @@ References
     E6  the same, appendix A.3 (Plackett-Luce)
     IPO Azar et al. 2023, eq. 17                                                https://arxiv.org/abs/2310.12036
     label smoothing: Mitchell 2023, "A note on DPO with noisy preferences" (conservative DPO)
+    all pairs: Ouyang et al. 2022, eq. 1                                        https://arxiv.org/abs/2203.02155
+    likelihood: preferred fine-tuning and unlikelihood, the baselines of E5's paper (its section 6)
     soft labels: Cao et al. 2007, "Learning to rank: from pairwise approach to listwise approach" (the first choice)
 """
 
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Loss = Literal["plackett_luce", "soft_plackett_luce", "ipo"]
+Loss = Literal["plackett_luce", "soft_plackett_luce", "pairwise", "ipo", "likelihood"]
 
 
 def implicit_rewards(policy_logp_BK: Tensor, reference_logp_BK: Tensor, beta: float) -> Tensor:
@@ -37,6 +39,7 @@ def preference_loss(
     loss: Loss = "plackett_luce",
     label_smoothing: float = 0.0,
     beta: float = 1.0,
+    unlikelihood: float = 0.0,
 ) -> Tensor:
     """The loss of each prompt, [B]; the one entry for every method.
 
@@ -45,12 +48,17 @@ def preference_loss(
         mask_BK: True where an answer exists; each row needs at least two.
         ranks_BK: int, equal numbers are ties; None means the order is strict.
         strengths_BK: the judge's log-strengths, nats; soft labels need them, the others do not look at them.
-        loss: "plackett_luce" (E6), "soft_plackett_luce" (E6 with the judge's probabilities as targets) or "ipo" (needs
-            beta, the scale already inside s_BK).
-        label_smoothing: ε, the probability that a ranking is the wrong way round.
+        loss: "plackett_luce" (E6), "soft_plackett_luce" (E6 with the judge's probabilities as targets), "pairwise" (E5
+            over all ranked pairs), "ipo" or "likelihood" (the last two undo beta, the scale already inside s_BK).
+        label_smoothing: ε, the probability that a ranking is the wrong way round; of Plackett-Luce losses.
+        unlikelihood: weight of the worse answers' log-probability in "likelihood".
     """
     if loss == "ipo":
         return ipo(s_BK / beta, mask_BK, ranks_BK, tau=beta)
+    if loss == "likelihood":
+        return likelihood(s_BK / beta, mask_BK, ranks_BK, unlikelihood=unlikelihood)
+    if loss == "pairwise":
+        return pairwise(s_BK, mask_BK, ranks_BK)
     if loss == "soft_plackett_luce" and strengths_BK is None:
         raise ValueError("soft labels need the judge's strengths, and some answer of this batch has none")
     strengths_BK = strengths_BK if loss == "soft_plackett_luce" else None
@@ -92,6 +100,29 @@ def plackett_luce(
         q_BKK = t_BK[:, None, :].expand_as(gaps_BKK).masked_fill(~rivals_BKK, -math.inf).softmax(-1)
         stage_BK = stage_BK - (q_BKK * gaps_BKK).sum(-1)
     return stage_BK.masked_fill(~mask_BK, 0.0).sum(-1)
+
+
+def pairwise(s_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None) -> Tensor:
+    """E5 on every ranked pair of a prompt, their mean: −log σ(s_i − s_j) over i before j, [B]."""
+    s_BK = s_BK if s_BK.dtype == torch.float64 else s_BK.float()
+    better_BKK = _pairs(mask_BK, ranks_BK)
+    losses_BKK = -F.logsigmoid(s_BK[:, :, None] - s_BK[:, None, :]) * better_BKK
+    return losses_BKK.sum((1, 2)) / better_BKK.sum((1, 2)).clamp(min=1)
+
+
+def likelihood(h_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None, *, unlikelihood: float) -> Tensor:
+    """−log π(best) + α · log π(worse), each counted from the reference, [B].
+
+    h is the log-ratio log π_θ/π_ref without β: the reference's part has no gradient, and with it the loss begins at 0.
+    Without unlikelihood this is preferred fine-tuning, E11 as a sum over the best answer; several best answers, and
+    several worse ones, count by their mean. Nothing holds log π(worse) from below: a large α ends in noise.
+    """
+    if ranks_BK is None:
+        ranks_BK = torch.arange(mask_BK.shape[1], device=mask_BK.device).expand_as(mask_BK)
+    best_BK = mask_BK & (ranks_BK == ranks_BK[:, :1])
+    worse_BK = mask_BK & ~best_BK
+    mean = lambda of_BK: (h_BK * of_BK).sum(1) / of_BK.sum(1).clamp(min=1)
+    return unlikelihood * mean(worse_BK) - mean(best_BK)
 
 
 def ipo(h_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None, *, tau: float) -> Tensor:

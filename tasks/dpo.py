@@ -30,11 +30,15 @@ START_TOLERANCE = {"fp32": 2e-4, "medium": 5e-3, "bf16": 5e-2}
 @dataclass(frozen=True, kw_only=True)
 class Params(TrainingParams):
     beta: float = param(0.2, "strength of the KL term; higher keeps the policy closer to the reference", gt=0)
-    loss: Literal["plackett_luce", "soft_plackett_luce", "ipo"] = param(
+    loss: Literal["plackett_luce", "soft_plackett_luce", "pairwise", "ipo", "likelihood"] = param(
         "plackett_luce",
-        "plackett_luce: E6, DPO at K = 2; soft_plackett_luce: by the judge's probabilities; ipo: squared",
+        "plackett_luce: E6, DPO at K = 2; soft_plackett_luce: by the judge's probabilities; pairwise: E5 over all "
+        "pairs of a ranking; ipo: squared; likelihood: of the best answer alone (preferred fine-tuning), no reference",
     )
-    label_smoothing: float = param(0.0, "probability that a ranking is the wrong way round", ge=0, le=0.5)
+    label_smoothing: float = param(
+        0.0, "probability that a ranking is the wrong way round, for the Plackett-Luce losses", ge=0, le=0.5
+    )
+    unlikelihood: float = param(0.0, "weight of the worse answers' log-probability in the loss likelihood", ge=0)
     length_normalised: bool = param(True, "log-ratios per token (times the mean length): length alone earns no margin")
     epochs: int = param(1, "passes over the ranked rows", ge=1)
     learning_rate: float = param(6e-4, "peak learning rate of AdamW", gt=0)
@@ -66,6 +70,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
         beta=params.beta,
         loss=params.loss,
         label_smoothing=params.label_smoothing,
+        unlikelihood=params.unlikelihood,
         length_normalised=params.length_normalised,
     )
 

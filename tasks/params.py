@@ -60,6 +60,25 @@ def read_yaml(path: Path) -> dict:
     return document
 
 
+def read_entry(address: str) -> dict[str, Any]:
+    """An entry of a YAML file, named as FILE:KEY.KEY: parameters that stand over those of params.yaml.
+
+    Raises UserError that names the file and the keys that it has.
+    """
+    path, _, dotted = address.rpartition(":")
+    if not path or not dotted:
+        raise UserError(f"--over {address}: FILE:ENTRY was expected, such as sweeps/params.yaml:policies.NAME")
+    entry: Any = read_yaml(Path(path))
+    for key in dotted.split("."):
+        if not isinstance(entry, dict) or key not in entry:
+            known = entry if isinstance(entry, dict) else ()
+            raise UserError(f"--over {address}: {path} has no {key!r} there{_near(key, known)}")
+        entry = entry[key]
+    if not isinstance(entry, dict):
+        raise UserError(f"--over {address}: a mapping of sections was expected, found {entry!r}")
+    return entry
+
+
 def build(params_type: type[T], given: object, *, where: str) -> T:
     """Check a mapping against a dataclass, key by key, and make it.
 
@@ -124,6 +143,8 @@ def _check(hint: Any, value: Any, spec: Field, *, where: str) -> Any:
 
 
 def _fits(hint: Any, value: Any) -> bool:
+    if hint is Any:
+        return True
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in arguments

@@ -21,6 +21,7 @@ from rankwise.fingerprint import digest
 from rankwise.rows import read_rows, write_rows
 from rankwise.types import Row, UserError, show_prompt
 from tasks.params import param
+from tasks.selection import SelectParams, counts, first_answers, selected
 from tasks.stage import Stage, main
 from tasks.tables import keys
 
@@ -41,6 +42,7 @@ class Params:
     tie_below: float = param(0.05, "answers at most this far apart (log-odds, nats) are a tie", ge=0)
     held_out_share: float = param(0.1, "share of prompts kept to measure preference accuracy on", ge=0, le=0.9)
     max_tied_share: float = param(0.5, "stop when more than this share of rows tie altogether", ge=0, le=1)
+    select: SelectParams = param(SelectParams, "a part of the training rows, to ask how much a ranking helps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +59,11 @@ class Paths:
 def run(params: Params, paths: Paths, stage: Stage) -> None:
     from rankwise.ranking import all_tied
 
-    rollouts = read_rows(paths.rollouts)
-    judged = _in_order(rollouts, params.order) if params.order else _judged(rollouts, paths.verdicts, params)
+    rollouts = [_split(row, params.held_out_share) for row in read_rows(paths.rollouts)]
+    judged = _in_order(rollouts, params) if params.order else _judged(rollouts, paths.verdicts, params)
     imported = _imported(paths.prompts, params)
     earlier = _earlier(paths.earlier, imported, stage.round, params.earlier_rounds)
-    rows = [_split(_with_gap(one), params.held_out_share) for one in judged] + imported + earlier
+    rows = [_with_gap(one) for one in judged] + imported + earlier
     if not rows:
         raise UserError(
             f"neither {paths.rollouts} nor {paths.prompts / 'preferences.parquet'} holds a row: there is nothing to "
@@ -75,7 +77,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
             "reports/verdicts/metrics.json counts replies that are invalid or unanswered: take another judge, or have "
             "more pairs labelled"
         )
-    kept = [_with_lengths(row) for row in ranked if not all_tied(row)]
+    kept = [row for row in ranked if not all_tied(row)]
     tied = len(ranked) - len(kept)
     if not kept or tied / len(ranked) > params.max_tied_share:
         raise UserError(
@@ -83,10 +85,12 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
             f"allows {params.max_tied_share:.0%}); a tie teaches nothing. Lower preferences.tie_below "
             f"({params.tie_below} nats), raise rollouts.temperature, or use a judge that tells answers apart"
         )
+    whole, kept = kept, [_with_lengths(row) for row in selected(kept, params.select)]
     if all(row.meta["split"] == "held_out" for row in kept):
         raise UserError(
             f"all {len(kept)} ranked rows are held out, none is left to train on; lower preferences.held_out_share "
-            f"({params.held_out_share}) or give more prompts"
+            f"({params.held_out_share}), raise preferences.select.prompts ({params.select.prompts}), or give "
+            "more prompts"
         )
     write_rows(paths.preferences, kept)
     stage.tracker.table("preferences", [_shown(row) for row in kept[:SAMPLE_ROWS]])
@@ -94,7 +98,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     if unjudged:
         stage.log(f"{unjudged} of {len(rows)} rows left out because fewer than two of their answers were judged")
     carried = {"rows_of_earlier_rounds": len(earlier)} if params.earlier_rounds else {}
-    stage.finish({**_summary(kept, judged, tied, unjudged), **carried})
+    stage.finish({**_summary(kept, judged, tied, unjudged), **carried, **counts(whole, kept, params.select)})
 
 
 def _imported(prompts: Path, params: Params) -> list[Row]:
@@ -125,7 +129,9 @@ def _judged(rollouts: Sequence[Row], verdicts: Path, params: Params) -> list[Jud
             f"{verdicts}: no judge was asked about {len(missing)} of {len(rollouts)} rows, {missing[0]!r} first; the "
             "tables do not belong together: run the stage verdicts again on these rows"
         )
-    return [rank(row, said.get(row.id, []), tie_below=params.tie_below) for row in rollouts]
+    rows = [first_answers(row, params.select) for row in rollouts]
+    about = lambda row: [one for one in said.get(row.id, []) if max(one.shown) < len(row.answers)]
+    return [rank(row, about(row), tie_below=params.tie_below) for row in rows]
 
 
 def _with_gap(judged: Judged) -> Row:
@@ -137,10 +143,11 @@ def _with_lengths(row: Row) -> Row:
     return replace(row, meta={**row.meta, "longer_by": best - worst})
 
 
-def _in_order(rollouts: Sequence[Row], order: Sequence[str]) -> list[Judged]:
+def _in_order(rollouts: Sequence[Row], params: Params) -> list[Judged]:
     from rankwise.given import rank_by_source
     from rankwise.ranking import Judged
 
+    order, rollouts = params.order, [first_answers(row, params.select) for row in rollouts]
     there = {answer.source for row in rollouts for answer in row.answers}
     if rollouts and set(order) != there:
         raise UserError(

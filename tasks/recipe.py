@@ -45,7 +45,8 @@ STAGES = (
     "evaluate",
     "register",
 )
-SECTIONS = (*STAGES[: STAGES.index("rollouts")], "rounds", *STAGES[STAGES.index("rollouts") :])
+SWEEPS = ("frontier",)  # stages of sweeps/dvc.yaml that the pipeline itself has not
+SECTIONS = (*STAGES[: STAGES.index("rollouts")], "rounds", *STAGES[STAGES.index("rollouts") :], *SWEEPS)
 HEAD = """\
 # What defines a result, one section a stage. Devices, keys, addresses and worker counts are not here.
 # `python -m tasks.recipe` writes this file anew (defaults, or a recipe); edit it as you like in between.

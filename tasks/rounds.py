@@ -121,19 +121,22 @@ def check(document: Mapping[str, Any], where: str) -> None:
         )
 
 
-def load(path: Path, name: str, params_type: type[T], number: int | None) -> T:
+def load(path: Path, name: str, params_type: type[T], number: int | None, over: Mapping[str, Any] | None = None) -> T:
     """A stage's section of params.yaml; in a round, what the round has of its own over it.
 
     Args:
         number: the round; None for a stage outside of rounds.
+        over: sections whose parameters stand over all of these, as those of a sweep's points do.
 
     Raises UserError that names the file, the key and the mend.
     """
     plain, document = params.load(path, name, params_type), params.read_yaml(path)
     check(document, str(path))
-    if number is None:
-        return plain
-    each = document["rounds"]["each"]
-    if str(number) not in each:
-        raise UserError(f"--round {number}: {path} has {len(each)} (rounds.count)")
-    return build(params_type, merged(plain, each[str(number)][name]), where=f"{path}: rounds.each.{number}.{name}")
+    if number is not None:
+        each = document["rounds"]["each"]
+        if str(number) not in each:
+            raise UserError(f"--round {number}: {path} has {len(each)} (rounds.count)")
+        own = merged(plain, each[str(number)][name])
+        plain = build(params_type, own, where=f"{path}: rounds.each.{number}.{name}")
+    own = (over or {}).get(name) or {}
+    return build(params_type, merged(plain, own), where=f"--over: {name}") if own else plain

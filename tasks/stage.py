@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ from rankwise.rows import write_aside, write_json
 from rankwise.runtime import keep_freed_memory, spin_briefly
 from rankwise.types import Unavailable, UserError
 from tasks import rounds, tracking
-from tasks.params import default_of, section_of
+from tasks.params import default_of, read_entry, section_of
 
 P = TypeVar("P")
 # Outside every DVC output, so that nothing computed is lost when DVC clears an output before a run.
@@ -53,8 +53,9 @@ class Stage:
         report: Path | None,
         params_file: Path = Path("params.yaml"),
         round_: int = 1,
+        over: Mapping[str, Any] | None = None,
     ):
-        self.name, self.tracker, self._params_file = name, tracker, params_file
+        self.name, self.tracker, self._params_file, self._over = name, tracker, params_file, over or {}
         self.round = round_  # 1 is the first, and stands for the only one too
         # Ranks of one launch compute alike; only the first writes what a stage leaves, the others write aside.
         self.report = report if report is None or is_first_rank() else Path(tempfile.mkdtemp(prefix=f"{name}-rank-"))
@@ -71,7 +72,8 @@ class Stage:
 
     def section(self, name: str, params_type: type[P]) -> P:
         """Another stage's parameters of this run, where two stages must not be told one thing twice."""
-        return rounds.load(self._params_file, name, params_type, self.round if name in rounds.STAGES else None)
+        number = self.round if name in rounds.STAGES else None
+        return rounds.load(self._params_file, name, params_type, number, self._over)
 
     def record(self, step: int, values: dict[str, float], speeds: dict[str, float] | None = None) -> None:
         """One point of the curves, at an optimizer step; a second call for the same step adds to it.
@@ -172,15 +174,16 @@ def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any
     spin_briefly()
     signal.signal(signal.SIGTERM, _stop)
     try:
-        params = rounds.load(arguments.params, name, params_type, arguments.round)
+        over = read_entry(arguments.over) if arguments.over else {}
+        params = rounds.load(arguments.params, name, params_type, arguments.round, over)
         number = arguments.round or 1
         if number > 1 and paths == paths_type():
             raise UserError(
                 f"--round {number}: without paths of its own it would write over what round 1 left; run it as "
                 f"dvc.yaml does: dvc repro --single-item {name}@{number}"
             )
-        with _only_writer(name):
-            _run_tracked(name, params, paths, run, arguments.params, number)
+        with _only_writer(name, paths):
+            _run_tracked(name, params, paths, run, arguments.params, number, over)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return os.EX_TEMPFAIL if isinstance(error, Unavailable) else 2
@@ -201,17 +204,25 @@ def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any
 
 
 def _run_tracked(
-    name: str, params: Any, paths: Any, run: Callable[[Any, Any, Stage], None], params_file: Path, number: int
+    name: str,
+    params: Any,
+    paths: Any,
+    run: Callable[[Any, Any, Stage], None],
+    params_file: Path,
+    number: int,
+    over: Mapping[str, Any],
 ) -> None:
     began = time.monotonic()
-    with tracking.stage_run(name, asdict(params)) as tracker:
+    facts = {key: str(value) for key, value in over.items() if not isinstance(value, (dict, list))}
+    with tracking.stage_run(name, asdict(params), facts) as tracker:
         report = getattr(paths, "report", None)
-        stage = Stage(name, tracker=tracker, report=report, params_file=params_file, round_=number)
+        stage = Stage(name, tracker=tracker, report=report, params_file=params_file, round_=number, over=over)
         run(params, paths, stage)
         stage.timings["seconds"] = time.monotonic() - began
         stage.tracker.metrics({f"time/{k}": v for k, v in stage.timings.items()}, step=None)
     # Beside the outputs, not in them: seconds differ from run to run and would change DVC's hashes.
-    write_json(HOME / "timings" / f"{name}{rounds.ending(number)}.json", stage.timings)
+    whose = _name_by_report(name, paths) if over else f"{name}{rounds.ending(number)}"
+    write_json(HOME / "timings" / f"{whose}.json", stage.timings)
 
 
 def _parse(name: str, params_type: type, paths_type: type, run: Callable) -> argparse.Namespace:
@@ -223,6 +234,9 @@ def _parse(name: str, params_type: type, paths_type: type, run: Callable) -> arg
         epilog=f"parameters (section {name} of params.yaml):\n{_describe(params_type)}".replace("%", "%%"),
     )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (%(default)s)")
+    parser.add_argument(
+        "--over", metavar="FILE:ENTRY", help="sections that stand over those of the params file: a point of a sweep"
+    )
     parser.set_defaults(round=None)
     if name in rounds.STAGES:
         parser.add_argument("--round", type=int, metavar="N", default=1, help="which round (%(default)s)")
@@ -251,9 +265,9 @@ def _describe(params_type: type, indent: str = "  ") -> str:
 
 
 @contextlib.contextmanager
-def _only_writer(name: str) -> Iterator[None]:
+def _only_writer(name: str, paths: Any) -> Iterator[None]:
     """One process at a time writes a stage's outputs; the kernel frees the lock however its holder dies."""
-    path = HOME / "locks" / f"{name}.lock"
+    path = HOME / "locks" / f"{_name_by_report(name, paths)}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as handle:
         # Ranks of one launch share the work: only the first takes the lock.
@@ -270,6 +284,11 @@ def _only_writer(name: str) -> Iterator[None]:
             handle.write(str(os.getpid()))
             handle.flush()
         yield
+
+
+def _name_by_report(name: str, paths: Any) -> str:
+    """A name for what a stage writes: rounds and points of a sweep write elsewhere, and may do so at once."""
+    return f"{name}-{getattr(paths, 'report', '')}".replace(os.sep, "-")
 
 
 def _leave_with_parent() -> None:

@@ -121,10 +121,16 @@ class Tracker:
 
 
 @contextlib.contextmanager
-def stage_run(name: str, params: dict[str, Any]) -> Iterator[Tracker]:
-    """A run for one stage, a child of the pipeline's where there is one; only rank 0 of a launch has one."""
+def stage_run(name: str, params: dict[str, Any], facts: dict[str, str] | None = None) -> Iterator[Tracker]:
+    """A run for one stage, a child of the pipeline's where there is one; only rank 0 of a launch has one.
+
+    Args:
+        facts: what a point of a sweep is a point of, kept beside its params to compare points by; the parent of
+            many points does not copy their numbers.
+    """
     stage = os.environ.get("DVC_STAGE", "").rpartition(":")[2] or name  # rounds of a stage differ here: dpo@1, dpo@2
-    start = {"kind": "stage", "name": stage, "params": params, "tags": {"stage": name}}
+    params = {**params, **{f"point.{key}": value for key, value in (facts or {}).items()}}
+    start = {"kind": "point" if facts else "stage", "name": stage, "params": params, "tags": {"stage": name}}
     with _run(start) as tracker:
         yield tracker
 

@@ -53,7 +53,8 @@ class Recorder:
         self.final: dict[str, float] = {}
         self.text: list[str] = []
         self.client, self.experiment = open_store()
-        self.parent = self._find_parent() if self.kind == "stage" else None
+        self.parent = self._find_parent() if self.kind != "pipeline" else None
+        self.copies = self.parent is not None and self.kind == "stage"  # of many points nobody could read the copies
         tags = self._tags(start["tags"])
         run = self.client.create_run(self.experiment, self.began, tags, self.name)
         self.run_id = run.info.run_id
@@ -66,12 +67,13 @@ class Recorder:
     def metrics(self, points: list[dict[str, Any]]) -> None:
         """Log points in batches, and the headline ones to the parent as well."""
         own, copied = [], []
-        stage, _, number = self.name.partition("@")
+        stage, _, key = self.name.partition("@")
+        number = int(key) if key.isdigit() else 0
         for point in points:
             step = point["step"] or 0
             # Rounds: their curves lie beside each other, their results make one curve over rounds, the last one on top.
             final = point["step"] is None
-            shown, at = (stage, int(number or 0)) if final else (self._in_parent(), step)
+            shown, at = (stage, number) if final else (self._in_parent(), step)
             for name, value in point["values"].items():
                 if value is None:
                     continue
@@ -81,7 +83,7 @@ class Recorder:
             if final:
                 self.final |= {name: value for name, value in point["values"].items() if value is not None}
         self._log(self.run_id, own)
-        if self.parent:
+        if self.copies:
             self._log(self.parent, copied)
 
     def give_up(self) -> None:
@@ -192,7 +194,7 @@ class Recorder:
 
         for first in range(0, len(params), 100):
             _retry(self.client.log_batch, self.run_id, params=of("")[first : first + 100])
-            if self.parent:
+            if self.copies:
                 # A stage that runs twice under one parent, with other values: the first stay.
                 with contextlib.suppress(MlflowException):
                     self.client.log_batch(self.parent, params=of(f"{self._in_parent()}.")[first : first + 100])

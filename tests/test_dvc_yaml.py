@@ -1,4 +1,4 @@
-"""Laws of dvc.yaml: what a stage runs, reads, writes and is told is what dvc.yaml says of it.
+"""Laws of dvc.yaml and sweeps/dvc.yaml: what a stage runs, reads, writes and is told is what they say of it.
 
 DVC never notices an edited module that a stage imports and dvc.yaml does not list: it says "didn't change" of a
 stale result. So the lists are checked here, against the imports and against each stage's own Paths and Params.
@@ -190,10 +190,31 @@ def key_gaps(given: object, params_type: type, where: str) -> list[str]:
     return gaps
 
 
+SWEEP = """
+name: small
+seeds: [0]
+data: {rankings: {}}
+rewards: {fitted: rankings}
+methods:
+  dpo: {data: rankings, vary: {dpo.beta: [0.1]}}
+  rlhf: {reward: fitted, vary: {policy_gradient.beta: [0.1]}}
+"""
+
+
 @pytest.fixture(scope="module")
-def stages() -> list[Declared]:
-    found = [stage for stage in declared(ROOT) if stage.module]
-    assert found, "dvc.yaml has no stage that runs `-m tasks.NAME`"
+def stages(tmp_path_factory) -> list[Declared]:
+    """The stages of the pipeline, and those of a small sweep: the one that is shipped has no points."""
+    from tasks import sweep
+
+    root = tmp_path_factory.mktemp("graph")
+    for name in ("dvc.yaml", "params.yaml", "sweeps/dvc.yaml", "sweep.yaml"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(SWEEP if name == "sweep.yaml" else (ROOT / name).read_text(encoding="utf-8"))
+    sweep.apply(root / "sweep.yaml", file=root / "sweeps/params.yaml", params=root / "params.yaml")
+    subprocess.run(["git", "init", "-q", "."], cwd=root, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=root, check=True)
+    found = [stage for stage in declared(root) if stage.module]
+    assert {stage.module for stage in found} > {"tasks.sft", "tasks.policy_gradient", "tasks.frontier"}
     return found
 
 

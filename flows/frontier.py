@@ -1,0 +1,187 @@
+"""A sweep as a Prefect flow: methods and their knobs over one SFT model, one set of rollouts, one reference pass.
+
+    python -m flows.frontier                                   # recipes/sweeps/frontier.yaml: reward against KL
+    python -m flows.frontier recipes/sweeps/ranking.yaml       # does ranking help?
+    python -m flows.frontier --jobs 2                          # two points at a time
+
+The stages are those of sweeps/dvc.yaml, and what they need of dvc.yaml; DVC decides what is stale, so a stopped sweep
+continues where it was and one more point costs one point. A point that fails stops what follows from it and nothing
+else. Ends with the table of sweeps/NAME/frontier/frontier.md; the figures lie beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from contextvars import copy_context
+from dataclasses import asdict
+from pathlib import Path
+
+from prefect import flow
+from prefect.states import Completed, Failed, State
+
+from flows import graph, keys, process, summary
+from flows.align import run_in_order
+from flows.command import Command
+from flows.stages import MISTAKE, Going, StageFailed, going, leave_artifact, only_run, run_stage
+from flows.summary import Outcome
+from rankwise.types import UserError
+from tasks import sweep as sweeps
+from tasks.params import read_yaml
+from tasks.tracking import pipeline_run
+
+FILE = "sweeps/dvc.yaml"
+LOOK_EVERY_S = 0.5  # seconds between two looks at points that are under way; ctrl-C is heard in between
+
+
+@flow(name="frontier", flow_run_name="{sweep}", persist_result=False)
+def frontier(sweep: str = str(sweeps.DEFAULT), jobs: int = 1) -> State:
+    """Every point of a sweep that is not up to date, and the figure.
+
+    Args:
+        sweep: a file of recipes/sweeps
+        jobs: points that run at the same time
+    """
+    going.set(Going())
+    try:
+        with only_run():
+            nodes = prepare(sweep=sweep, jobs=jobs)
+            going.get().environment = keys.from_secrets(os.environ)
+            with pipeline_run(f"sweep {Path(sweep).stem}", {"sweep": sweep}) as tracker:
+                outcomes = _run(nodes, jobs)
+                _tell(tracker)
+    except UserError as error:
+        return Failed(name=MISTAKE, message=str(error))
+    except StageFailed as failure:
+        return Failed(message=str(failure), data=[asdict(outcome) for outcome in failure.outcomes])
+    leave_artifact("frontier", _table() or summary.stages_markdown(outcomes), summary.counts(outcomes))
+    failed = [outcome.stage for outcome in outcomes if outcome.state == "failed"]
+    if failed:
+        message = f"{len(failed)} of {len(outcomes)} stages failed: {', '.join(failed[:5])}"
+        return Failed(message=message, data=[asdict(outcome) for outcome in outcomes])
+    return Completed(message=summary.counts(outcomes), data=[asdict(outcome) for outcome in outcomes])
+
+
+def prepare(sweep: str, jobs: int) -> list[graph.Node]:
+    """Write sweeps/params.yaml for the sweep file, and plan its stages; doing it twice is the same as once."""
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: at least 1 was expected")
+    sweeps.apply(Path(sweep))
+    return graph.plan(file=FILE)
+
+
+def _run(nodes: list[graph.Node], jobs: int) -> list[Outcome]:
+    """The pipeline's own stages one after another, then the sweep's, several at a time."""
+    own = [node for node in nodes if not graph.of_another_file(node.name)]
+    outcomes = run_in_order(own, [])
+    if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        going.get().environment["OMP_NUM_THREADS"] = str(max(1, cores // jobs))
+    points = [node for node in nodes if graph.of_another_file(node.name)]
+    return outcomes + _run_at_once(points, jobs)
+
+
+def _run_at_once(nodes: list[graph.Node], jobs: int) -> list[Outcome]:
+    """Each stage as soon as those before it are done and a place is free; in the end every one has an outcome."""
+    names, waiting, running = {node.name for node in nodes}, list(nodes), {}
+    states: dict[str, State] = {}
+    with _threads(jobs) as start:
+        while waiting or running:
+            for node in [node for node in waiting if names.intersection(node.upstream) <= states.keys()]:
+                if any(states[name].is_failed() or states[name].is_cancelled() for name in _before(node, states)):
+                    states[node.name] = Failed(message="a stage before it failed")
+                elif len(running) < jobs:
+                    running[start(node, states)] = node
+                else:
+                    continue
+                waiting.remove(node)
+            done, _ = wait(running, timeout=LOOK_EVERY_S, return_when=FIRST_COMPLETED)
+            for future in done:
+                states[running.pop(future).name] = future.result()
+    return [_outcome(node, states[node.name]) for node in nodes]
+
+
+def _before(node: graph.Node, states: Mapping[str, State]) -> list[str]:
+    # The figure is drawn of those points that there are.
+    return [] if node.name.endswith(":frontier") else [name for name in node.upstream if name in states]
+
+
+def _outcome(node: graph.Node, state: State) -> Outcome:
+    name = node.name
+    if name in going.get().outcomes:
+        return going.get().outcomes[name]
+    ran = "not run" if state.message == "a stage before it failed" else "failed"
+    return Outcome(stage=name, state=ran, note=state.message or state.name, status=1)
+
+
+@contextmanager
+def _threads(jobs: int) -> Iterator:
+    """Start stages in threads; when this is left by an error or by ctrl-C, all of them are stopped and waited for."""
+    pool = ThreadPoolExecutor(max_workers=jobs)
+
+    def start(node: graph.Node, states: Mapping[str, State]) -> Future:
+        short = node.name.rpartition(":")[2]
+        one = run_stage.with_options(name=short, task_run_name=short)
+        before = [states[name] for name in _before(node, states)]
+        return pool.submit(copy_context().run, one, node.name, wait_for=before, return_state=True)
+
+    try:
+        yield start
+    except BaseException:
+        process.stopping.set()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _report() -> Path:
+    return Path("sweeps") / read_yaml(sweeps.FILE)["sweep"] / "frontier"
+
+
+def _table() -> str:
+    path = _report() / "frontier.md"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _tell(tracker) -> None:
+    """The table on the head of the sweep's page in MLflow, the figures among its files."""
+    if table := _table():
+        tracker.note(table)
+    for path in sorted(_report().rglob("*.*")):
+        tracker.file(path)
+
+
+def _show(outcomes: list[Outcome], *, prefect: str) -> None:
+    """The end of the command: the sweep's table, what ran, where the figures are."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console(highlight=False)
+    if table := _table():
+        console.print(Markdown(table))
+    for outcome in outcomes:
+        if outcome.state in ("failed", "not run"):
+            console.print(f"  {outcome.stage}: {outcome.state}, {outcome.note}", markup=False)
+    seconds = sum(outcome.seconds for outcome in outcomes)
+    console.print(f"\n  {summary.counts(outcomes)}; {seconds / 60:.1f} minutes of stages", markup=False)
+    figures = ", ".join(map(str, sorted(_report().rglob("*.png"))))
+    for name, place in (("table", _report() / "frontier.md"), ("figures", figures), ("Prefect", prefect)):
+        console.print(f"  {name:<8} {place}", markup=False)
+    console.print("  MLflow   make mlflow: select the points and compare them", markup=False)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", nargs="?", default=str(sweeps.DEFAULT), metavar="FILE", help="a sweep (%(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="points that run at the same time (%(default)s)"
+    )
+
+
+if __name__ == "__main__":
+    command = Command(
+        module="flows.frontier", doc=__doc__, flow=frontier, prepare=prepare, arguments=_arguments, show=_show
+    )
+    raise SystemExit(command.main())

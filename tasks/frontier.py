@@ -1,0 +1,227 @@
+"""Stage frontier: the points of a sweep side by side: what reward each method buys for how much KL.
+
+Reads the evaluation of every point that sweeps/params.yaml names. Seeds of one setting become one row with an interval;
+rows of one method become a curve, and curves are compared where they have spent the same KL.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rankwise.evaluation import Estimate, over_seeds
+from rankwise.rows import write_aside
+from rankwise.types import UserError
+from tasks.params import param, read_yaml
+from tasks.stage import Stage, main, read_json
+
+SFT = "sft"
+KL_GRID = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # nats a sequence, at which curves are compared
+MEASURES = {  # name -> (dotted name in an evaluation's metrics, heading)
+    "kl": ("kl", "KL, nats"),
+    "gold_reward": ("gold_reward.policy", "gold reward"),
+    "reward": ("reward.policy", "judge's reward"),
+    "positive_share": ("positive_share.policy", "positive (gold)"),
+    "win_rate_gold": ("win_rate.gold", "win rate (gold)"),
+    "win_rate_judge": ("win_rate.judge", "win rate (judge)"),
+    "win_rate_gold_at_equal_length": ("win_rate_length_controlled.gold", "at equal length (gold)"),
+    "win_rate_gold_over_data": ("win_rate_over_data.gold.policy", "win rate over the data (gold)"),
+    "preference_accuracy": ("preference_accuracy", "preference accuracy"),
+    "words": ("length.policy", "words"),
+    "distinct_2": ("distinct_2.policy", "distinct-2"),
+    "data_perplexity": ("data_perplexity.policy", "perplexity of the data"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    reward: Literal["gold_reward", "positive_share", "reward"] = param(
+        "gold_reward", "what the figure sets against KL: gold's mean score, its share of positives, the judge's score"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    sweep: Path = Path("sweeps/params.yaml")
+    evaluations: Path = Path("sweeps/frontier/evaluations")
+    report: Path = Path("sweeps/frontier/frontier")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One value of a method's knob (or none) at one sampling temperature, over its seeds."""
+
+    method: str
+    value: float | None
+    temperature: float
+    seeds: int
+    found: Mapping[str, Estimate]  # by the names of MEASURES, those that the evaluations hold
+
+
+def run(params: Params, paths: Paths, stage: Stage) -> None:
+    from tasks import frontier_plots as plots
+
+    sweep = read_yaml(paths.sweep)
+    every, missing = settings(sweep, paths.evaluations)
+    if missing:
+        stage.log(f"{len(missing)} points have no evaluation and are left out: {', '.join(missing[:10])}")
+    if not every:
+        raise UserError(
+            f"{paths.evaluations}: none of the points of {paths.sweep} is evaluated; run them: python -m flows.frontier"
+        )
+    own = [one for one in every if one.temperature == _own_temperature(sweep)]
+    labels = sweep["labels"]
+    equal = at_equal_kl(own, params.reward)
+    heading = MEASURES[params.reward][1]
+    _write(paths.report / "points.csv", _csv(every))
+    _write(paths.report / "frontier.md", _markdown(sweep, own, equal, heading, missing))
+    plots.frontier(own, labels, params.reward, heading, stage.plots / "frontier.png")
+    if len({one.temperature for one in every}) > 1:
+        plots.temperatures(every, labels, stage.plots / "temperatures.png")
+    stage.tracker.table("points", _records(every))
+    stage.finish(
+        {
+            "points": sum(one.seeds for one in every),
+            "missing": len(missing),
+            "reward_at_kl": {
+                name: {f"{kl:g}": one.as_dict() for kl, one in found.items()} for name, found in equal.items() if found
+            },
+        }
+    )
+
+
+def settings(sweep: Mapping[str, Any], evaluations: Path) -> tuple[list[Setting], list[str]]:
+    """Every setting of the sweep in its order, seeds together; and the names of points without an evaluation."""
+    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    missing = []
+    for key, point in sweep["evaluations"].items():
+        metrics = evaluations / key / "metrics.json"
+        if metrics.is_file():
+            groups[point["method"], point["value"], point["temperature"]].append(read_json(metrics))
+        else:
+            missing.append(key)
+    return [_setting(*group, reports) for group, reports in groups.items()], missing
+
+
+def _setting(method: str, value: float | None, temperature: float, reports: Sequence[dict[str, Any]]) -> Setting:
+    found = {}
+    for name, (dotted, _) in MEASURES.items():
+        values = [estimate for report in reports if (estimate := _estimate(report, dotted)) is not None]
+        if len(values) == len(reports):
+            found[name] = over_seeds(values)
+    return Setting(method=method, value=value, temperature=temperature, seeds=len(reports), found=found)
+
+
+def _estimate(report: Mapping[str, Any], dotted: str) -> Estimate | None:
+    value: Any = report
+    for name in dotted.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    if isinstance(value, Mapping):
+        return Estimate(**{name: value[name] for name in ("mean", "low", "high")})
+    return None if value is None else Estimate(mean=value, low=value, high=value)
+
+
+def at_equal_kl(every: Sequence[Setting], reward: str) -> dict[str, dict[float, Estimate]]:
+    """Each method's reward where it has spent KL_GRID nats, between its two nearest points on a straight line.
+
+    A method's curve begins with the SFT model at KL 0. Nothing is said beyond its farthest point.
+    """
+    start = [one for one in every if one.method == SFT and reward in one.found]
+    found = {}
+    for method in dict.fromkeys(one.method for one in every if one.method != SFT):
+        curve = sorted(
+            (one for one in [*start, *every] if one.method in (method, SFT) and {"kl", reward} <= one.found.keys()),
+            key=lambda one: one.found["kl"].mean,
+        )
+        found[method] = {kl: point for kl in KL_GRID if (point := _between(curve, kl, reward)) is not None}
+    return found
+
+
+def _between(curve: Sequence[Setting], kl: float, reward: str) -> Estimate | None:
+    for left, right in itertools.pairwise(curve):
+        a, b = left.found["kl"].mean, right.found["kl"].mean
+        if a <= kl <= b and b > a:
+            share = (kl - a) / (b - a)
+            ends = left.found[reward], right.found[reward]
+            return Estimate(**{n: (1 - share) * getattr(ends[0], n) + share * getattr(ends[1], n) for n in _ESTIMATE})
+    return None
+
+
+_ESTIMATE = ("mean", "low", "high")
+
+
+def _own_temperature(sweep: Mapping[str, Any]) -> float:
+    """The temperature of the points that are no part of a curve over temperatures: each setting's first."""
+    return next(iter(sweep["evaluations"].values()))["temperature"]
+
+
+def _records(every: Sequence[Setting]) -> list[dict[str, Any]]:
+    records = []
+    for one in every:
+        record = {"method": one.method, "value": one.value, "temperature": one.temperature, "seeds": one.seeds}
+        for name, estimate in one.found.items():
+            record |= {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        records.append(record)
+    return records
+
+
+def _csv(every: Sequence[Setting]) -> str:
+    records, text = _records(every), io.StringIO()
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def _markdown(
+    sweep: Mapping[str, Any], own: Sequence[Setting], equal: Mapping, heading: str, missing: Sequence[str]
+) -> str:
+    """Two tables: every setting, and the curves where they have spent the same KL."""
+    names = [name for name in MEASURES if any(name in one.found for one in own)]
+    lines = [f"# Sweep {sweep['sweep']}", "", "Means over seeds and prompts with 95 % intervals.", ""]
+    lines += _table(["method", "knob", "value", "seeds", *(MEASURES[name][1] for name in names)])
+    for one in own:
+        cells = [_shown(one.found.get(name)) for name in names]
+        value = "" if one.value is None else f"{one.value:g}"
+        knob = sweep["knobs"].get(one.method, "")
+        lines.append(_line([sweep["labels"][one.method], knob, value, str(one.seeds), *cells]))
+    grid = [kl for kl in KL_GRID if any(kl in found for found in equal.values())]
+    lines += ["", f"## {heading[:1].upper()}{heading[1:]} at equal KL", ""]
+    lines += _table(["method", *(f"{kl:g} nats" for kl in grid)])
+    for method, found in equal.items():
+        lines.append(_line([sweep["labels"][method], *(_shown(found.get(kl)) for kl in grid)]))
+    if missing:
+        lines += ["", f"Without an evaluation: {', '.join(missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _table(columns: Sequence[str]) -> list[str]:
+    return [_line(columns), "|" + "---|" * len(columns)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _shown(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    if estimate.low == estimate.high:
+        return f"{estimate.mean:.3g}"
+    return f"{estimate.mean:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("frontier", Params, Paths, run))
