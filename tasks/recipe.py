@@ -45,7 +45,9 @@ STAGES = (
     "evaluate",
     "register",
 )
-SECTIONS = (*STAGES[: STAGES.index("rollouts")], "rounds", *STAGES[STAGES.index("rollouts") :])
+BESIDE = ("policy_gradient",)  # stages that the pipeline does without
+_ROUND, _AFTER = STAGES.index("rollouts"), STAGES.index("dpo") + 1
+SECTIONS = (*STAGES[:_ROUND], "rounds", *STAGES[_ROUND:_AFTER], *BESIDE, *STAGES[_AFTER:])
 HEAD = """\
 # What defines a result, one section a stage. Devices, keys, addresses and worker counts are not here.
 # `python -m tasks.recipe` writes this file anew (defaults, or a recipe); edit it as you like in between.
@@ -72,7 +74,7 @@ def render(overlay: dict[str, Any], *, where: str = "recipe") -> str:
     if unknown:
         close = difflib.get_close_matches(unknown[0], SECTIONS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"{where}: no stage is called {unknown[0]!r}{hint} (stages: {', '.join(STAGES)})")
+        raise UserError(f"{where}: no stage is called {unknown[0]!r}{hint} (sections: {', '.join(SECTIONS)})")
     graph = rounds.section(_mapping(overlay, "rounds", where), where=f"{where}: rounds")
     parts = [HEAD]
     for name in SECTIONS:
