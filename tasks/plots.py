@@ -47,7 +47,14 @@ PANELS: tuple[tuple[str, str, tuple[Line, ...]], ...] = (
         "nats an answer",
         (("chosen_logp_change", "chosen", BLUE, "-"), ("rejected_logp_change", "rejected", ORANGE, "--")),
     ),
+    (
+        "What the policy is paid",
+        "judge's score",
+        (("reward", "reward", BLUE, "-"), ("objective_e1", "reward − β · KL (E1)", ORANGE, "--")),
+    ),
     ("KL to the reference", "nats an answer", (("kl", "KL", BLUE, "-"),)),
+    ("Length", "tokens an answer", (("length", "length", BLUE, "-"),)),
+    ("Entropy", "nats a token", (("entropy", "entropy", BLUE, "-"),)),
     ("Gradient norm, before clipping", "", (("grad_norm", "norm", GREY, "-"),)),
 )
 MOST_PANELS = 4

@@ -45,8 +45,8 @@ STAGES = (
     "evaluate",
     "register",
 )
-SWEEPS = ("frontier",)  # stages of sweeps/dvc.yaml that the pipeline itself has not
-SECTIONS = (*STAGES[: STAGES.index("rollouts")], "rounds", *STAGES[STAGES.index("rollouts") :], *SWEEPS)
+BESIDE = ("policy_gradient", "frontier")  # stages that sweeps alone have
+SECTIONS = (*STAGES[: STAGES.index("rollouts")], "rounds", *STAGES[STAGES.index("rollouts") :], *BESIDE)
 HEAD = """\
 # What defines a result, one section a stage. Devices, keys, addresses and worker counts are not here.
 # `python -m tasks.recipe` writes this file anew (defaults, or a recipe); edit it as you like in between.
@@ -73,7 +73,7 @@ def render(overlay: dict[str, Any], *, where: str = "recipe") -> str:
     if unknown:
         close = difflib.get_close_matches(unknown[0], SECTIONS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"{where}: no stage is called {unknown[0]!r}{hint} (stages: {', '.join(STAGES)})")
+        raise UserError(f"{where}: no stage is called {unknown[0]!r}{hint} (sections: {', '.join(SECTIONS)})")
     graph = rounds.section(_mapping(overlay, "rounds", where), where=f"{where}: rounds")
     parts = [HEAD]
     for name in SECTIONS:

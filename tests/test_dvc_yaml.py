@@ -213,7 +213,9 @@ def stages(tmp_path_factory) -> list[Declared]:
     sweep.apply(root / "sweep.yaml", file=root / "sweeps/params.yaml", params=root / "params.yaml")
     subprocess.run(["git", "init", "-q", "."], cwd=root, check=True)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=root, check=True)
-    found = [stage for stage in declared(root) if stage.module]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)  # stages are called by their file, seen from here
+        found = [stage for stage in declared(root) if stage.module]
     assert {stage.module for stage in found} > {"tasks.sft", "tasks.policy_gradient", "tasks.frontier"}
     return found
 

@@ -13,7 +13,7 @@ import yaml
 
 from rankwise.types import UserError
 from tasks import params, recipe, rounds
-from tasks.recipe import STAGES
+from tasks.recipe import BESIDE, STAGES
 from tasks.rollouts import TeacherParams
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,7 @@ def test_params_yaml_is_what_the_stages_declare():
     assert (ROOT / "params.yaml").read_text() == recipe.render({}), "run: python -m tasks.recipe"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, *BESIDE])
 def test_what_is_written_reads_back_as_the_default(project, stage):
     assert params.load(Path("params.yaml"), stage, params_type(stage)) == params_type(stage)()
 
@@ -243,7 +243,7 @@ def test_links_work_from_a_clone_without_data(tmp_path, monkeypatch):
 # Help
 
 
-@pytest.mark.parametrize("stage", [*STAGES, "recipe"])
+@pytest.mark.parametrize("stage", [*STAGES, *BESIDE, "recipe"])
 def test_help_is_quick_and_whole(stage, tmp_path):
     """Anywhere, without params.yaml, without the seconds that torch takes to import; every parameter is there."""
     code = (

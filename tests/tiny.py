@@ -47,6 +47,7 @@ TINY = {
     "preferences": {"tie_below": 0.0, "held_out_share": 0.25},
     "reference_logprobs": {"max_tokens": 256},
     "dpo": {"batch_size": 4},
+    "policy_gradient": {"steps": 3, "prompts_per_step": 4, "micro_batch_answers": 8, "max_new_tokens": 12},
     "evaluate": {"max_new_tokens": 12},
     "doctor": {"stop_above": {"row_over_context": 1.0}},
 }
@@ -201,6 +202,11 @@ def killed_at(
 def told_that(**environment: str) -> Callable[[], None]:
     """A `before` that sets variables of the environment."""
     return functools.partial(_set, environment)
+
+
+def without(module: str) -> Callable[[], None]:
+    """A `before` that makes a package look as if it were not installed."""
+    return functools.partial(sys.modules.__setitem__, module, None)
 
 
 def _set(environment: dict[str, str]) -> None:
