@@ -19,8 +19,8 @@ KL_LINEAR = 1.0  # nats: up to here the axis is linear, so that 0 is on it, and 
 def frontier(every: Sequence[Setting], labels: Mapping[str, str], reward: str, heading: str, path: Path) -> None:
     """Reward against KL to the reference: a line a method, its points with both intervals, the SFT model at KL 0."""
     with figure(path, "What reward for how much KL", columns=1, height=5.6) as (axis,):
-        for number, method in enumerate(_methods(every)):
-            points = [one for one in every if one.method == method and {"kl", reward} <= one.found.keys()]
+        for number, method in enumerate(_methods(every)):  # every curve begins with the SFT model, at KL 0
+            points = [one for one in every if one.method in (SFT, method) and {"kl", reward} <= one.found.keys()]
             points.sort(key=lambda one: one.found["kl"].mean)
             x, y = ([one.found[name] for one in points] for name in ("kl", reward))
             _line(axis, x, y, number, labels[method])

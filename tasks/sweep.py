@@ -14,7 +14,7 @@ import argparse
 import functools
 import importlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,12 +136,14 @@ def _methods(sweep: Sweep, where: str) -> dict[str, Method]:
             raise UserError(f"{at}.vary: one parameter and its values were expected, found {method.vary!r}")
         if method.data and method.reward:
             raise UserError(f"{at}: data means training by stage dpo, reward by policy gradient; name one of them")
+        _check_sections({*method.over, *(knob.partition(".")[0] for knob in method.vary)}, _stages(method), at)
         for kind, chosen, known in (
             ("data", method.data, sweep.data),
             ("reward", method.reward, [*sweep.rewards, "judge"]),
         ):
             if chosen and chosen not in known:
                 raise UserError(f"{at}.{kind}: {chosen!r} is none of the sweep's ({', '.join(known)})")
+    _check_sections(sweep.over, ["dpo", "policy_gradient", "evaluate"], f"{where}: over")
     for name, data in sweep.rewards.items():
         if data not in sweep.data:
             raise UserError(f"{where}: rewards.{name}: {data!r} is none of the sweep's data ({', '.join(sweep.data)})")
@@ -150,6 +152,17 @@ def _methods(sweep: Sweep, where: str) -> dict[str, Method]:
         if value not in known:
             raise UserError(f"{where}: temperatures.of.{name}: {value} is no value of that method's knob ({known})")
     return found
+
+
+def _stages(method: Method) -> list[str]:
+    """The stages that a point of a method runs."""
+    return [*(["dpo"] if method.data else ["policy_gradient"] if method.reward else []), "evaluate"]
+
+
+def _check_sections(sections: Iterable[str], stages: Sequence[str], where: str) -> None:
+    for section in sections:
+        if section not in stages:
+            raise UserError(f"{where}: parameters of {section!r}, and its points run {' and '.join(stages)} alone")
 
 
 def _settings(sweep: Sweep, method: Method) -> Iterator[tuple[float | None, int, dict[str, dict[str, Any]]]]:
@@ -222,10 +235,7 @@ def _check_parameters(document: Mapping[str, Any], params: Path) -> None:
 
 
 def _stage_params(section: str, params: Path) -> Any:
-    try:
-        params_type = importlib.import_module(f"tasks.{section}").Params
-    except (ModuleNotFoundError, AttributeError):
-        raise UserError(f"{section!r} is no stage, so no point of a sweep has parameters of it") from None
+    params_type = importlib.import_module(f"tasks.{section}").Params
     return rounds.load(params, section, params_type, 1 if section in rounds.STAGES else None)
 
 

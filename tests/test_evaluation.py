@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.evaluation import (
+    Estimate,
     correlation,
     distinct_n,
     length_controlled_win_rate,
     mean,
     objective,
+    over_seeds,
     share,
     win_rate,
 )
@@ -110,3 +112,26 @@ def test_correlation_of_a_line_is_one_and_of_a_constant_zero():
         -1
     )
     assert correlation([1, 2, 3], [4, 4, 4]) == 0 and correlation([1], [2]) == 0
+
+
+def test_the_mean_of_one_run_keeps_its_interval():
+    one = Estimate(mean=0.3, low=0.1, high=0.5)
+    assert over_seeds([one]).as_dict() == pytest.approx(one.as_dict())
+
+
+def test_runs_that_agree_by_luck_are_not_surer_than_their_samples():
+    """Four runs with one mean and half-width h each: sampling error alone leaves h / √4."""
+    found = over_seeds([Estimate(mean=1.0, low=0.8, high=1.2)] * 4)
+    assert (found.low, found.high) == pytest.approx((0.9, 1.1))
+
+
+def test_runs_that_differ_widen_the_interval():
+    """Means 0, 1, 2 known exactly: variance 1, standard error 1/√3."""
+    found = over_seeds([Estimate(mean=m, low=m, high=m) for m in (0.0, 1.0, 2.0)])
+    assert found.mean == pytest.approx(1.0)
+    assert found.high - found.mean == pytest.approx(1.959963984540054 / math.sqrt(3))
+
+
+def test_a_mean_of_no_runs_is_an_error():
+    with pytest.raises(ValueError, match="no runs"):
+        over_seeds([])

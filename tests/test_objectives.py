@@ -498,3 +498,48 @@ def test_a_gap_of_nine_hundred_needs_the_log_sum_exp():
     s = row(-900.0, 0.0, 1.0)
     assert torch.isinf((s - s[:, :1]).exp().sum().log())
     assert strict(s).item() == pytest.approx(stagewise([-900.0, 0.0, 1.0]), rel=1e-12)
+
+
+# All pairs of a ranking, and the baselines that look at the likelihood alone
+
+
+@given(rewards)
+def test_all_pairs_are_the_mean_of_dpo_over_pairs(values):
+    """Σ_{i<j} −log σ(s_i − s_j) / C(K, 2), each pair written out."""
+    pairs = [math.log1p(math.exp(-(a - b))) for a, b in itertools.combinations(values, 2)]
+    found = preference_loss(row(*values), full(row(*values)), loss="pairwise")
+    assert found.item() == pytest.approx(sum(pairs) / len(pairs), rel=1e-12, abs=1e-12)
+
+
+def test_all_pairs_of_two_are_dpo_bit_for_bit():
+    s = row(0.7, -0.4)
+    assert torch.equal(preference_loss(s, full(s), loss="pairwise"), strict(s))
+
+
+def test_tied_and_absent_answers_are_in_no_pair():
+    """Ranks 0, 1, 1 and one answer that does not exist: two pairs are left, 1 > 2 and 1 > 3."""
+    s, ranks = row(0.5, 0.1, -0.3, 9.0), torch.tensor([[0, 1, 1, 10**6]])
+    mask = torch.tensor([[True, True, True, False]])
+    expected = (math.log1p(math.exp(-0.4)) + math.log1p(math.exp(-0.8))) / 2
+    assert preference_loss(s, mask, ranks, loss="pairwise").item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_preferred_fine_tuning_raises_the_best_answer_and_touches_no_other():
+    """−log π(y_1) counted from the reference: 0 at the start, gradient −1 in log π of the best alone, whatever β."""
+    for beta in (0.1, 3.0):
+        h = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+        loss = preference_loss(beta * h, full(h), loss="likelihood", beta=beta)
+        loss.sum().backward()
+        assert loss.item() == 0.0
+        assert h.grad.flatten().tolist() == pytest.approx([-1.0, 0.0, 0.0])
+
+
+def test_unlikelihood_lowers_the_mean_of_the_worse():
+    """−h_1 + α mean(h_2, h_3); of ranks 0, 0, 1 the best are two and the worse is one."""
+    h = torch.tensor([[0.2, -0.4, 1.0]], dtype=torch.float64, requires_grad=True)
+    loss = preference_loss(h, full(h), loss="likelihood", unlikelihood=0.5)
+    assert loss.item() == pytest.approx(-0.2 + 0.5 * 0.3)
+    tied = preference_loss(h, full(h), torch.tensor([[0, 0, 1]]), loss="likelihood", unlikelihood=0.5)
+    tied.sum().backward()
+    assert tied.item() == pytest.approx(0.1 + 0.5 * 1.0)
+    assert h.grad.flatten().tolist() == pytest.approx([-0.5, -0.5, 0.5])

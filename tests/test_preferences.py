@@ -1,6 +1,7 @@
 """Stage preferences: what the verdicts were worth is counted, what labels may owe to length stands beside them."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from rankwise.rows import read_rows, write_rows
 from rankwise.types import Answer, Row, UserError, text_prompt
 from rankwise.verdicts import LOG3, Question, Reply, write_verdicts
 from tasks.preferences import Params, Paths, run
+from tasks.selection import SelectParams
 from tasks.stage import Stage, read_json
 
 PROMPT = text_prompt("p")
@@ -152,3 +154,64 @@ def test_verdicts_on_other_texts_are_refused_by_the_row(stage):
             stage([other], replies)
     with pytest.raises(UserError, match="no judge was asked about 1 of 2 rows, 'b' first; the tables do not belong"):
         stage([row, rollout("b", "one", "two")], replies)
+
+
+# A part of the rows
+
+
+@pytest.fixture
+def many(stage):
+    """200 prompts with four answers each, the last one best by the judge's scores."""
+    rows = [rollout(f"r{n}", "one", "two words", "three words here", "f o u r") for n in range(200)]
+    replies = [("j", reply) for row in rows for reply in scores(row, 1.0, 2.0, 3.0, 4.0)]
+    return lambda **select: stage(rows, replies, held_out_share=0.2, select=SelectParams(**select))
+
+
+def split_of(rows: dict[str, Row], split: str) -> dict[str, Row]:
+    return {name: row for name, row in rows.items() if row.meta["split"] == split}
+
+
+@pytest.mark.parametrize("select", [{"prompts": 0.3}, {"answers": 2}, {"ends": True}, {"top_noise": 0.5}])
+def test_whatever_is_selected_held_out_rows_stay(many, select):
+    whole, part = many()[0], many(**select)[0]
+    assert split_of(part, "held_out") == split_of(whole, "held_out")
+    assert split_of(part, "train") != split_of(whole, "train")
+
+
+def test_taken_whole_nothing_is_said_of_a_selection(many):
+    rows, metrics = many()
+    assert "selected" not in metrics and len(rows) == 200
+    assert all(len(row.answers) == 4 for row in rows.values())
+
+
+def test_a_smaller_share_of_prompts_is_part_of_a_larger_one(many):
+    half, third = (set(split_of(many(prompts=share)[0], "train")) for share in (0.5, 0.3))
+    assert third < half
+    assert len(half) == pytest.approx(80, abs=25), "half of 160, within four standard deviations"
+
+
+def test_the_answers_that_are_kept_are_those_drawn_first_and_ranked_among_themselves(many):
+    rows, metrics = many(answers=2)
+    for row in split_of(rows, "train").values():
+        assert [(answer.text, answer.rank) for answer in row.answers] == [("two words", 0), ("one", 1)]
+    assert metrics["selected"]["answers"] == 2 * len(split_of(rows, "train"))
+
+
+def test_the_ends_are_the_best_and_the_worst(many):
+    for row in split_of(many(ends=True)[0], "train").values():
+        assert [answer.text for answer in row.answers] == ["f o u r", "one"]
+        assert row.meta["longer_by"] == 3
+
+
+def test_noise_puts_another_answer_on_top_at_its_rate_and_keeps_strengths_in_order(many):
+    rows, metrics = many(top_noise=0.3)
+    train = split_of(rows, "train").values()
+    changed = [row for row in train if row.answers[0].text != "f o u r"]
+    assert len(changed) == metrics["selected"]["tops_changed"]
+    assert len(changed) / len(train) == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / len(train)))
+    for row in train:
+        assert sorted(answer.text for answer in row.answers) == sorted(
+            ["one", "two words", "three words here", "f o u r"]
+        )
+        assert [answer.rank for answer in row.answers] == [0, 1, 2, 3]
+        assert [answer.strength for answer in row.answers] == sorted((a.strength for a in row.answers), reverse=True)

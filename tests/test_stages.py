@@ -122,6 +122,10 @@ def test_what_outlives_a_run_can_live_elsewhere(project, tmp_path):
 
 OPTIONS = {  # parameters, and the stages that run under them
     "ipo": ({"dpo": {"loss": "ipo"}}, ["dpo"]),
+    "all pairs": ({"dpo": {"loss": "pairwise"}}, ["dpo"]),
+    "preferred fine-tuning": ({"dpo": {"loss": "likelihood", "length_normalised": False}}, ["dpo"]),
+    "unlikelihood": ({"dpo": {"loss": "likelihood", "unlikelihood": 0.1}}, ["dpo"]),
+    "best of four, and the data beside": ({"evaluate": {"best_of": 4, "against_data": True}}, ["evaluate"]),
     "soft labels": ({"dpo": {"loss": "soft_plackett_luce"}}, ["dpo"]),
     "label smoothing": ({"dpo": {"label_smoothing": 0.1}}, ["dpo"]),
     "plain sums": ({"dpo": {"length_normalised": False}}, ["dpo"]),
