@@ -84,10 +84,15 @@ def stale(names: Iterable[str]) -> dict[str, Any] | None:
     from dvc.rwlock import RWLockFileCorruptedError
 
     with _repository() as repo:
+        stages = {stage.addressing: stage for stage in repo.index.stages}
+        found: dict[str, Any] = {}
         try:
-            return repo.status(targets=list(names))
+            with repo.lock:
+                for name in names:  # repo.status(targets) reads dvc.yaml and dvc.lock anew for each of them
+                    found |= stages[name].status()
         except (LockError, RWLockFileCorruptedError):
             return None
+        return found
 
 
 def check_known(names: Iterable[str], nodes: list[Node]) -> None:
