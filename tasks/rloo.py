@@ -20,11 +20,13 @@ from trl import RLOOConfig, RLOOTrainer
 
 from rankwise.checkpoints import device, load_causal_lm, remote_code_allowed
 from rankwise.generation import end_tokens
-from rankwise.types import UserError
+from rankwise.rendering import Renderer
+from rankwise.types import Message, Row, UserError
 
 if TYPE_CHECKING:
     from tasks.policy_gradient import Params
 
+Prompt = str | list[dict[str, str]]  # a text to continue, or messages
 Reward = Callable[[Sequence[int], Sequence[Sequence[int]]], list[float]]  # (numbers of prompts, completions' tokens)
 Told = Callable[[int, dict[str, float]], None]  # (optimizer step, its values)
 NEVER = 1e9  # a clip range that no ratio of probabilities leaves
@@ -36,10 +38,50 @@ warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", Fu
 logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
 
 
+def as_given(rows: Sequence[Row], kept: Sequence[tuple[int, ...]], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The prompts as TRL takes them, whose tokens it makes itself.
+
+    Args:
+        kept: each row's prompt tokens, as every stage gives them to a model.
+
+    Raises UserError where TRL would make other tokens.
+    """
+    renderer = Renderer(tokenizer)
+    given = [_as_given(row.prompt, ids, renderer) for row, ids in zip(rows, kept)]
+    if len({type(one) for one in given}) > 1:
+        raise UserError(
+            "some prompts to answer are plain text and some have roles; TRL takes one kind at a time: give "
+            "prompts.files.rollout one of them"
+        )
+    if wrong := [row.id for row, ids, one in zip(rows, kept, given) if tokens_of(one, tokenizer) != ids]:
+        raise UserError(
+            f"{len(wrong)} of {len(rows)} prompts would reach the model as other tokens than in the other stages: "
+            f"{', '.join(wrong[:10])}{' …' if len(wrong) > 10 else ''}. TRL tokenizes texts itself; set "
+            "policy_gradient.max_prompt_tokens to 0 (a cut can fall where no text has these tokens), or use a "
+            "tokenizer that does not close texts with EOS"
+        )
+    return given
+
+
+def _as_given(prompt: Sequence[Message], kept: Sequence[int], renderer: Renderer) -> Prompt:
+    if len(prompt) > 1 or prompt[0].role != "text":
+        return [{"role": message.role, "content": message.content} for message in prompt]
+    whole = len(kept) == len(renderer.prompt_ids(prompt))
+    return prompt[0].content if whole else renderer.text(kept)
+
+
+def tokens_of(given: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that RLOOTrainer makes of a prompt (trl 1.16, `_tokenize_prompts`)."""
+    if isinstance(given, str):
+        return tuple(tokenizer(text=given)["input_ids"])
+    made = tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return tuple(made["input_ids"])
+
+
 def make_trainer(
     sft: Path,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict[str, str]]],
+    prompts: Sequence[Prompt],
     reward: Reward,
     params: Params,
     *,
@@ -49,7 +91,7 @@ def make_trainer(
     """A trainer whose policy starts as the model in folder sft, and whose reference is that model.
 
     Args:
-        prompts: as TRL takes them, texts or messages.
+        prompts: from as_given.
         folder: for whatever the library writes; nothing in it is read.
         told: called after each optimizer step.
 

@@ -24,7 +24,7 @@ from rankwise.types import Answer, Row, UserError, text_prompt
 from rankwise.verdicts import read_verdicts
 from tasks import rloo
 from tasks.judges import JudgeParams, make_judge
-from tasks.policy_gradient import Params, _as_trl_takes_it, rewards, trl_ids
+from tasks.policy_gradient import Params, rewards
 
 # The toy world, as a folder
 
@@ -219,17 +219,23 @@ def test_prompts_reach_the_model_as_the_renderers_tokens(world, folder):
     ):
         renderer, trainer.processing_class = Renderer(made), made
         kept = [tuple(renderer.prompt_ids(prompt)) for prompt in prompts]
-        given = [_as_trl_takes_it(prompt, ids, renderer) for prompt, ids in zip(prompts, kept)]
+        given = rloo.as_given([Row(id="r", prompt=prompt) for prompt in prompts], kept, made)
         assert [tuple(ids) for ids in trainer._tokenize_prompts(given)[0]] == kept
-        assert [trl_ids(made, one) for one in given] == kept
+        assert [rloo.tokens_of(one, made) for one in given] == kept
 
 
 def test_a_cut_prompt_is_given_as_the_text_of_its_end():
     made = byte_tokenizer(bos=True)
     row = Row(id="r", prompt=text_prompt("The film opens"), answers=())
     kept = Renderer(made, max_prompt_tokens=6).render(row, ()).prompt_ids
-    given = _as_trl_takes_it(row.prompt, kept, Renderer(made))
-    assert given == "opens" and trl_ids(made, given) == kept
+    assert rloo.as_given([row], [kept], made) == ["opens"] and rloo.tokens_of("opens", made) == kept
+
+
+def test_texts_and_chats_in_one_table_are_refused():
+    made = byte_tokenizer(template=CHATML)
+    rows = [Row(id="a", prompt=text_prompt("Why?")), Row(id="b", prompt=chat(("user", "Why?")))]
+    with pytest.raises(UserError, match="one kind at a time"):
+        rloo.as_given(rows, [tuple(Renderer(made).prompt_ids(row.prompt)) for row in rows], made)
 
 
 @pytest.fixture
@@ -319,7 +325,7 @@ def test_other_tokens_are_refused(project):
     """A tokenizer that closes texts: TRL would give the model a prompt that has ended."""
     made = load_tokenizer(project.root / "models/sft")
     closes = copy.deepcopy(made)
-    assert trl_ids(made, "The film") == tuple(Renderer(made).prompt_ids(text_prompt("The film")))
+    assert rloo.tokens_of("The film", made) == tuple(Renderer(made).prompt_ids(text_prompt("The film")))
     from tokenizers import processors
 
     closes.backend_tokenizer.post_processor = processors.TemplateProcessing(

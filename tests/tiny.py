@@ -206,7 +206,11 @@ def told_that(**environment: str) -> Callable[[], None]:
 
 def without(module: str) -> Callable[[], None]:
     """A `before` that makes a package look as if it were not installed."""
-    return functools.partial(sys.modules.__setitem__, module, None)
+    return functools.partial(_hide, module)
+
+
+def _hide(module: str) -> None:
+    sys.modules[module] = None
 
 
 def _set(environment: dict[str, str]) -> None:
