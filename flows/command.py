@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows import graph, server
+from flows.stages import MISTAKE, only_run
 from flows.summary import Outcome
 from rankwise.types import UserError
 
@@ -47,7 +48,8 @@ class Command:
         signal.signal(signal.SIGTERM, _terminate)
         record = given.pop("record")
         try:
-            nodes = self.prepare(**given)
+            with only_run():  # nothing is put in place under a run that is going on
+                nodes = self.prepare(**given)
             return self._run(given, nodes, again, record=record)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -120,7 +122,7 @@ class Command:
                 f"continue with: {again}   (finished stages are cached; that stage alone: dvc repro -s {bad.stage})",
                 file=sys.stderr,
             )
-        return 2 if (bad.status == 2 if bad else state.name == "Mistake") else 1
+        return 2 if (bad.status == 2 if bad else state.name == MISTAKE) else 1
 
 
 def _configured() -> str | None:

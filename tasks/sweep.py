@@ -15,7 +15,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import yaml
 from rankwise.rows import write_aside
 from rankwise.types import UserError
 from tasks import rounds
+from tasks.judges import JudgeParams
 from tasks.params import build, merged, param, read_yaml
 
 FOLDER = Path("sweeps")
@@ -74,22 +75,26 @@ def apply(source: Path, *, file: Path = FILE, params: Path = Path("params.yaml")
 
     Raises UserError on a key, value or name that nothing knows; the file is then left as it was.
     """
-    document = points(_read(source), where=str(source))
+    document = points(_read(source), where=str(source), judge=_judge(params))
     _check_parameters(document, params)
     text = HEAD.format(source=source) + "\n" + yaml.safe_dump(document, sort_keys=False, width=10**6)
     write_aside(file, lambda aside: aside.write_text(text, encoding="utf-8"))
     return document
 
 
-def points(sweep: Sweep, *, where: str) -> dict[str, Any]:
-    """The document that sweeps/dvc.yaml unrolls: what is trained on, policies, and evaluations, each by its name."""
+def points(sweep: Sweep, *, where: str, judge: Mapping[str, Any]) -> dict[str, Any]:
+    """The document that sweeps/dvc.yaml unrolls: what is trained on, policies, and evaluations, each by its name.
+
+    Args:
+        judge: the parameters of the judge that made the labels.
+    """
     methods = _methods(sweep, where)
     document: dict[str, Any] = {
         "sweep": sweep.name,
         "labels": {SFT: "SFT"} | {name: method.label or name for name, method in methods.items()},
         "knobs": {name: next(iter(method.vary), "") for name, method in methods.items()},
         "data": {name: {"preferences": over} for name, over in sweep.data.items()},
-        "rewards": {name: {"data": data} for name, data in sweep.rewards.items()},
+        "rewards": {name: {"data": data, "reward_model": {"enabled": True}} for name, data in sweep.rewards.items()},
         "policies": {},
         "gradients": {},
         "evaluations": dict(_of_sft(sweep)),
@@ -101,11 +106,7 @@ def points(sweep: Sweep, *, where: str) -> dict[str, Any]:
                 trained = {"dpo": {**over.get("dpo", {}), "seed": seed}}
                 document["policies"][key] = {**facts, "data": method.data, **trained}
             elif method.reward:
-                trained = {"policy_gradient": {**over.get("policy_gradient", {}), "seed": seed}}
-                model = (
-                    _below(sweep, "rewards", method.reward) if method.reward in sweep.rewards else "models/reward_model"
-                )
-                document["gradients"][key] = {**facts, "model": model, **trained}
+                document["gradients"][key] = {**facts, **_climbed(sweep, method, over, judge, seed)}
             document["evaluations"][key] = {**facts, **_places(sweep, method, key), **_evaluate(over, seed)}
             if sweep.temperatures.of.get(name) == value:
                 document["evaluations"] |= _at_temperatures(sweep, key, document["evaluations"][key])
@@ -181,6 +182,22 @@ def _merge(*overlays: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
         for section, values in overlay.items():
             found[section] = {**found.get(section, {}), **values}
     return found
+
+
+def _climbed(
+    sweep: Sweep, method: Method, over: Mapping[str, Mapping[str, Any]], judge: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+    """What a policy gradient climbs: a reward model of the sweep, or the judge that made the labels."""
+    own = {**over.get("policy_gradient", {}), "seed": seed}
+    if method.reward in sweep.rewards:
+        fitted = {"kind": "reward_model", "model": "trained"}
+        return {"model": _below(sweep, "rewards", method.reward), "policy_gradient": {"judge": fitted, **own}}
+    return {"model": "models/reward_model", "policy_gradient": {"judge": dict(judge), **own}}
+
+
+def _judge(params: Path) -> dict[str, Any]:
+    """verdicts.judge of params.yaml; where nobody is asked, the reward model."""
+    return asdict(_stage_params("verdicts", params).judge or JudgeParams())
 
 
 def _of_sft(sweep: Sweep) -> Iterator[tuple[str, dict[str, Any]]]:
