@@ -63,7 +63,7 @@ class Paths:
     source: Path = Path("data/source")
     sft: Path = Path("models/sft")  # where the policy starts, and its reference
     reward_model: Path = Path("models/reward_model")  # what judge.model "trained" means
-    policy: Path = Path("models/policy")
+    policy: Path = Path("models/policy-rlhf")
     report: Path = Path("reports/policy_gradient")
 
 

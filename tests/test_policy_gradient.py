@@ -270,7 +270,7 @@ def test_the_stage_trains_and_says_how(project):
     assert metrics["start_kl"] == 0 and metrics["beta"] == Params().beta
     assert (metrics["rows"], metrics["prompts_seen"], metrics["samples"]) == (24, 3 * 4, 3 * 4 * 4)
     assert metrics["kl"] != 0 and metrics["tokens"] > 0
-    policy, sft = project.root / "models/policy", project.root / "models/sft"
+    policy, sft = project.root / "models/policy-rlhf", project.root / "models/sft"
     assert sorted(path.name for path in policy.iterdir()) == sorted(path.name for path in sft.iterdir())
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (policy / name).read_bytes() == (sft / name).read_bytes()
