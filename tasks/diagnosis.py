@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rankwise.fingerprint import sampled_from, tokenizer_digest
@@ -52,7 +53,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     if not is_first_rank():
         return
     found = diagnose(rows, params, per_token=training.length_normalised)
-    findings = _write(found, scored, training, paths, stage)
+    findings = _write(found, scored, training, stage, listed=params.listed)
     for finding in findings[:2]:
         stage.log(finding.text)
     for name, listed in (("contradicted", found.contradicted), ("broken", found.broken)):
@@ -154,11 +155,17 @@ class Diagnosis:
     by_length: list[Bin]  # mean tokens of a row's answers
     by_longer: list[Bin]  # tokens of the best answer minus those of the worst: shorter, alike, longer
     by_gap: list[Bin]  # the judge's log-odds for best over worst, nats; empty where nobody gave any
-    contradicted: list[Trained]  # training rows that the policy still orders the other way
+    sure_gap: float | None  # the median gap of training rows, nats; None where nobody gave any
+    contradicted: list[Trained]  # training rows that the policy still orders the other way, those to look at first
     broken: list[Trained]  # held-out rows whose order by likelihood was right before training
 
     def of(self, split: str) -> list[Trained]:
         return [row for row in self.rows if row.split == split]
+
+    @property
+    def sure(self) -> list[Trained]:
+        """The contradicted rows of whose order the judge was surer than of half of all training rows."""
+        return [row for row in self.contradicted if self.sure_gap is not None and row.gap >= self.sure_gap]
 
     @property
     def shown(self) -> list[Trained]:
@@ -169,13 +176,16 @@ class Diagnosis:
 def diagnose(rows: Sequence[Trained], params: Params, *, per_token: bool) -> Diagnosis:
     """Everything that the page and the metrics hold, from the rows."""
     from rankwise.diagnosis import broken, contradicted, quantile_bins, sign_bins
-    from tasks.diagnosis_words import ENOUGH_ROWS, SURE_GAP
+    from tasks.diagnosis_words import ENOUGH_ROWS
 
     held_out = [row for row in rows if row.split == "held_out"]
     training = [row for row in rows if row.split == "train"]
     # Rows that were trained on flatter the policy, so held-out ones speak wherever there are enough of them.
     evidence = "held_out" if len(held_out) >= ENOUGH_ROWS or not training else "train"
     shown = held_out if evidence == "held_out" else training
+    gaps = [row.gap for row in training]
+    # The median, not a number of nats: the scale of a judge's strengths is its own.
+    sure_gap = median(gaps) if gaps and None not in gaps else None
     return Diagnosis(
         rows=list(rows),
         per_token=per_token,
@@ -183,17 +193,17 @@ def diagnose(rows: Sequence[Trained], params: Params, *, per_token: bool) -> Dia
         by_length=quantile_bins(shown, lambda row: row.mean_tokens, params.bins),
         by_longer=sign_bins(shown, lambda row: float(row.longer_by)),
         by_gap=quantile_bins(shown, lambda row: row.gap, params.bins),
-        contradicted=contradicted(training, sure=SURE_GAP),
+        sure_gap=sure_gap,
+        contradicted=contradicted(training, sure_gap=sure_gap),
         broken=broken(held_out, per_token=per_token),
     )
 
 
 def _metrics(found: Diagnosis) -> dict[str, Any]:
     from rankwise.diagnosis import as_numbers, by_rank, flips, summary
-    from tasks.diagnosis_words import sure_ones
 
     told: dict[str, Any] = {"rows": len(found.rows), "contradicted": len(found.contradicted)}
-    told["contradicted_though_sure"] = len(sure_ones(found.contradicted))
+    told["contradicted_though_sure"] = len(found.sure)
     for split in ("train", "held_out"):
         if rows := found.of(split):
             told[split] = as_numbers(summary(rows))
@@ -221,14 +231,13 @@ def _bin(one: Bin) -> dict[str, Any]:
 # Pages ---------------------------------------------------------------------------------------------------------------
 
 
-def _write(found: Diagnosis, scored: ScoredRows, training: dpo.Params, paths: Paths, stage: Stage) -> list[Finding]:
+def _write(found: Diagnosis, scored: ScoredRows, training: dpo.Params, stage: Stage, *, listed: int) -> list[Finding]:
     from tasks.diagnosis_page import html_page, markdown_page
     from tasks.diagnosis_plots import draw
     from tasks.diagnosis_words import facts_of, findings
 
     said = findings(facts_of(found), asdict(training))
     pictures = draw(found, stage.plots)
-    listed = stage.section("diagnosis", Params).listed
     for name, page in (("diagnosis.md", markdown_page), ("diagnosis.html", html_page)):
         text = page(found, said, scored.texts, pictures, listed=listed)
         write_aside(stage.report / name, lambda aside, text=text: aside.write_text(text, encoding="utf-8"))

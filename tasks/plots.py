@@ -63,7 +63,7 @@ def training_curves(
     panels = [panel for panel in PANELS if any(_column(points, line[0])[1] for line in panel[2])][:MOST_PANELS]
     assert panels, f"no known column in the curves: {sorted({key for point in points for key in point})}"
     columns = 1 if len(panels) == 1 else 2
-    with _figure(path, title, rows=math.ceil(len(panels) / columns), columns=columns) as axes:
+    with figure(path, title, rows=math.ceil(len(panels) / columns), columns=columns) as axes:
         for axis, (name, unit, lines) in zip(axes, panels):
             _curves(axis, points, lines)
             if name == "Loss" and start_loss is not None:
@@ -112,7 +112,7 @@ def answers(
         different: different answers among the K, one number a prompt; drawn where some prompt lacks one.
     """
     repeated = min(different) < k
-    with _figure(path, title, columns=2 if repeated else 1) as axes:
+    with figure(path, title, columns=2 if repeated else 1) as axes:
         _lengths_by_end(axes[0], ended, cut)
         if repeated:
             places = range(1, k + 1)
@@ -146,7 +146,7 @@ def _lengths_by_end(axis: Any, ended: Sequence[int], cut: Sequence[int]) -> None
 
 def win_rates(rows: list[dict[str, Any]], path: Path, *, title: str = "Win rate of the policy") -> None:
     """A point and its confidence interval for each row {"name", "mean", "low", "high"}, against even odds."""
-    with _figure(path, title, height=1.8 + 0.75 * len(rows)) as (axis,):
+    with figure(path, title, height=1.8 + 0.75 * len(rows)) as (axis,):
         places = range(len(rows) - 1, -1, -1)  # the first row on top
         for place, row in zip(places, rows):
             below, above = max(0.0, row["mean"] - row["low"]), max(0.0, row["high"] - row["mean"])
@@ -185,7 +185,7 @@ def intervals(
         even: where a judge without a fault would lie, or chance; drawn dotted.
         span: ends of the axis; fitted to the rows where None.
     """
-    with _figure(path, title, height=1.5 + 0.38 * len(rows), width=NARROW) as (axis,):
+    with figure(path, title, height=1.5 + 0.38 * len(rows), width=NARROW) as (axis,):
         places = range(len(rows) - 1, -1, -1)
         for place, row in zip(places, rows):
             below, above = max(0.0, row["mean"] - row["low"]), max(0.0, row["high"] - row["mean"])
@@ -213,7 +213,7 @@ def _side(row: dict[str, Any], limit: float | None, at_most: bool) -> str:
 
 def calibration(bins: Sequence[tuple[float, float, int]], path: Path, *, title: str) -> None:
     """(confidence, share that was right, pairs) of each step against the diagonal, the pairs as bars below."""
-    with _figure(path, title, rows=2, ratios=(3.0, 1.0), height=4.6, width=NARROW) as (curve, counts):
+    with figure(path, title, rows=2, ratios=(3.0, 1.0), height=4.6, width=NARROW) as (curve, counts):
         sure, right, sizes = ([one[part] for one in bins] for part in range(3))
         curve.plot([0.5, 1], [0.5, 1], color=GREY, linestyle=":", label="as sure as it is right")
         curve.plot(sure, right, color=BLUE, marker="o", label="this judge")
@@ -230,7 +230,7 @@ def orders(odds: Sequence[tuple[float, float]], path: Path, *, title: str) -> No
     """
     first, second = ([pair[part] for pair in odds] for part in range(2))
     reach = 1.05 * max(1e-3, *map(abs, first), *map(abs, second))
-    with _figure(path, title, height=4.8, width=NARROW) as (axis,):
+    with figure(path, title, height=4.8, width=NARROW) as (axis,):
         for corner in ((0, -reach), (-reach, 0)):
             axis.add_patch(_patch(corner, reach))
         axis.plot([-reach, reach], [-reach, reach], color=GREY, linestyle=":")
@@ -258,7 +258,7 @@ def rounds(
         found: numbers by round, as tasks.history gives them.
     """
     judged = any("win_rate" in one for one in found.values())
-    with _figure(path, title, columns=3 if judged else 2, height=3.6) as axes:
+    with figure(path, title, columns=3 if judged else 2, height=3.6) as axes:
         *first, kl, length = axes
         for axis in first:
             for name, label, colour in (("judge", "judge", ORANGE), ("gold", "gold", BLUE)):
@@ -289,7 +289,7 @@ def _histograms(
     everything = [*policy, *reference]
     low, high = min(everything), max(everything)
     edges = [low + (high - low or 1.0) * index / 30 for index in range(31)]
-    with _figure(path, title) as (axis,):
+    with figure(path, title) as (axis,):
         for values, name, colour in ((reference, "reference", ORANGE), (policy, "policy", BLUE)):
             mean = sum(values) / len(values)
             weights = [100 / len(values)] * len(values)
@@ -332,7 +332,7 @@ def _smooth(values: list[float], reach: int) -> list[float]:
 
 
 @contextmanager
-def _figure(
+def figure(
     path: Path,
     title: str,
     *,
@@ -348,11 +348,11 @@ def _figure(
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(matplotlib.rcParamsDefault | STYLE):
-        figure = Figure(figsize=(width, height), dpi=DPI)
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, columns, squeeze=False, height_ratios=ratios)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+        canvas = Figure(figsize=(width, height), dpi=DPI)
+        FigureCanvasAgg(canvas)
+        axes = canvas.subplots(rows, columns, squeeze=False, height_ratios=ratios)
+        canvas.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
         yield list(axes.flat)
         # No date and no version in the file: its bytes are hashed.
-        save: Callable[[Path], None] = lambda aside: figure.savefig(aside, format="png", metadata={"Software": None})
+        save: Callable[[Path], None] = lambda aside: canvas.savefig(aside, format="png", metadata={"Software": None})
         write_aside(path, save)
