@@ -80,6 +80,8 @@ def _trained(params: Params, training: dpo.Params, paths: Paths) -> tuple[Scored
     soft = training.loss == "soft_plackett_luce"
     scored = load(paths.preferences, paths.reference, paths.model, tokenizer, precision=training.precision, soft=soft)
     rows = [*scored.training, *scored.held_out]
+    if not rows:
+        raise UserError(f"{paths.preferences}: no ranked row, so no change can be told; run stage preferences again")
     module = place(LogpModel(load_causal_lm(paths.policy)), training.precision)
     policy, _ = score_rows(
         module,

@@ -31,6 +31,7 @@ MORE_STYLE = """
 .concern::before { content: "concern: "; color: var(--bad); }
 details { border: 1px solid var(--line); border-radius: .4rem; margin: .4rem 0; padding: .3rem .7rem;
   background: var(--card); }
+.scroll { overflow-x: auto; }
 summary { cursor: pointer; font-variant-numeric: tabular-nums; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: .6rem; }
 .text { margin: .2rem 0 .5rem; padding: .45rem .6rem; background: var(--back); border: 1px solid var(--line);
@@ -108,7 +109,7 @@ def _units(found: Diagnosis) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 def _bins(key: str, bins: Sequence[Bin]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     columns = (key, "rows", "best", "worst", "margin", "a token: best", "worst", "both down", "accuracy (start: 50 %)")
-    return columns, [(f"{one.low:.4g} to {one.high:.4g}", *_bin(one.found)) for one in bins]
+    return columns, [(f"{one.low:.4g} to {one.high:.4g}".replace("-", "−"), *_bin(one.found)) for one in bins]
 
 
 def _bin(whole: Summary) -> tuple[str, ...]:
@@ -197,7 +198,7 @@ def html_page(
         body += [tag("h2", "What else was seen"), tag("ul", *(tag("li", one.text, class_=one.kind) for one in rest))]
     body += [tag("h2", "What to do"), tag("ul", *(tag("li", text) for text in _todo(said)))]
     for heading, text, columns, rows in tables(found):
-        body += [tag("h2", heading), tag("p", text, class_="soft"), table(columns, rows)]
+        body += [tag("h2", heading), tag("p", text, class_="soft"), tag("div", table(columns, rows), class_="scroll")]
     for heading, text, rows in lists(found, listed):
         body += [tag("h2", heading), tag("p", text, class_="soft")]
         body += [_listed(row, note, texts[row.id]) for row, note in rows]
