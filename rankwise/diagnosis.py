@@ -211,15 +211,9 @@ def _bin(known: Sequence[tuple[float, Trained]]) -> Bin:
 # Single rows ---------------------------------------------------------------------------------------------------------
 
 
-def contradicted(rows: Sequence[Trained], *, sure_gap: float | None) -> list[Trained]:
-    """Rows whose best answer the policy still holds below the worst, those to look at first.
-
-    Where the judge's gap is at least sure_gap (nats), the label or the policy is wrong; below it, the label may be
-    noise, so these come later. Within both, the surer the policy the earlier. None: the policy alone says.
-    """
-    against = [row for row in rows if row.reward_margin < 0]
-    unsure = lambda row: sure_gap is not None and row.gap < sure_gap
-    return sorted(against, key=lambda row: (unsure(row), row.reward_margin, row.id))
+def contradicted(rows: Sequence[Trained]) -> list[Trained]:
+    """Rows whose best answer the policy still holds below the worst, the surest first."""
+    return sorted((row for row in rows if row.reward_margin < 0), key=lambda row: (row.reward_margin, row.id))
 
 
 def flips(rows: Sequence[Trained], *, per_token: bool) -> dict[str, int]:

@@ -57,7 +57,8 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     for finding in findings[:2]:
         stage.log(finding.text)
     for name, listed in (("contradicted", found.contradicted), ("broken", found.broken)):
-        stage.tracker.table(name, [_record(row, scored.texts[row.id]) for row in listed[:TRACKED_ROWS]])
+        if listed:
+            stage.tracker.table(name, [_record(row, scored.texts[row.id]) for row in listed[:TRACKED_ROWS]])
     stage.finish(_metrics(found))
 
 
@@ -158,7 +159,7 @@ class Diagnosis:
     by_longer: list[Bin]  # tokens of the best answer minus those of the worst: shorter, alike, longer
     by_gap: list[Bin]  # the judge's log-odds for best over worst, nats; empty where nobody gave any
     sure_gap: float | None  # the median gap of training rows, nats; None where nobody gave any
-    contradicted: list[Trained]  # training rows that the policy still orders the other way, those to look at first
+    contradicted: list[Trained]  # training rows that the policy still orders the other way, the surest first
     broken: list[Trained]  # held-out rows whose order by likelihood was right before training
 
     def of(self, split: str) -> list[Trained]:
@@ -167,7 +168,7 @@ class Diagnosis:
     @property
     def sure(self) -> list[Trained]:
         """The contradicted rows of whose order the judge was surer than of half of all training rows."""
-        return [row for row in self.contradicted if self.sure_gap is not None and row.gap >= self.sure_gap]
+        return [row for row in self.contradicted if row.gap is not None and row.gap >= self.sure_gap]
 
     @property
     def shown(self) -> list[Trained]:
@@ -185,9 +186,9 @@ def diagnose(rows: Sequence[Trained], params: Params, *, per_token: bool) -> Dia
     # Rows that were trained on flatter the policy, so held-out ones speak wherever there are enough of them.
     evidence = "held_out" if len(held_out) >= ENOUGH_ROWS or not training else "train"
     shown = held_out if evidence == "held_out" else training
-    gaps = [row.gap for row in training]
+    gaps = [row.gap for row in training if row.gap is not None]
     # The median, not a number of nats: the scale of a judge's strengths is its own.
-    sure_gap = median(gaps) if gaps and None not in gaps else None
+    sure_gap = median(gaps) if gaps else None
     return Diagnosis(
         rows=list(rows),
         per_token=per_token,
@@ -196,7 +197,7 @@ def diagnose(rows: Sequence[Trained], params: Params, *, per_token: bool) -> Dia
         by_longer=sign_bins(shown, lambda row: float(row.longer_by)),
         by_gap=quantile_bins(shown, lambda row: row.gap, params.bins),
         sure_gap=sure_gap,
-        contradicted=contradicted(training, sure_gap=sure_gap),
+        contradicted=contradicted(training),
         broken=broken(held_out, per_token=per_token),
     )
 

@@ -32,6 +32,7 @@ MORE_STYLE = """
 details { border: 1px solid var(--line); border-radius: .4rem; margin: .4rem 0; padding: .3rem .7rem;
   background: var(--card); }
 .scroll { overflow-x: auto; }
+.scroll td { white-space: nowrap; }
 summary { cursor: pointer; font-variant-numeric: tabular-nums; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: .6rem; }
 .text { margin: .2rem 0 .5rem; padding: .45rem .6rem; background: var(--back); border: 1px solid var(--line);
@@ -147,8 +148,8 @@ def lists(found: Diagnosis, listed: int) -> list[tuple[str, str, list[tuple[Trai
     told = [
         (
             f"Training rows that may be mislabelled: {len(notes):,} of {len(found.contradicted):,}",
-            "The policy still holds the best answer below the worst. Rows of which the judge was surer than of half of "
-            "all training rows come first, within both those of which the policy is surest.",
+            "The policy still holds the best answer below the worst, the surest first. Where the judge's gap is below "
+            "the median the label may be noise; where it is above, the label or the policy is wrong: look at it.",
             notes,
         ),
         (
@@ -161,9 +162,9 @@ def lists(found: Diagnosis, listed: int) -> list[tuple[str, str, list[tuple[Trai
 
 
 def _note(row: Trained, sure_gap: float | None) -> str:
-    if sure_gap is None:
+    if row.gap is None:
         return ""
-    return "look at it: the judge was sure" if row.gap >= sure_gap else "perhaps noise: the judge was less sure"
+    return "look at it: a large gap" if row.gap >= sure_gap else "perhaps noise: a small gap"
 
 
 def numbers(row: Trained) -> str:

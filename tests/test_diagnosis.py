@@ -117,7 +117,7 @@ def test_permuting_rows_changes_nothing():
     spans = lambda bins: [(one.low, one.high, one.found.rows) for one in bins]
     gap = lambda row: row.gap
     assert spans(quantile_bins(rows, gap, 4)) == spans(quantile_bins(other, gap, 4))
-    assert contradicted(rows, sure_gap=2.0) == contradicted(other, sure_gap=2.0)
+    assert contradicted(rows) == contradicted(other)
     assert broken(rows, per_token=False) == broken(other, per_token=False)
 
 
@@ -154,21 +154,20 @@ def test_the_kl_is_of_rows_that_the_reference_drew_alone():
 # Single rows
 
 
-def test_contradicted_rows_are_those_of_a_negative_margin_the_sure_judges_first_and_the_surest_policy_first():
-    rows = [
-        trained("right", [1, 0], strengths=(9.0, 0.0)),
-        trained("small gap", [-9, 0], strengths=(1.0, 0.0)),
-        trained("large gap", [-1, 0], strengths=(3.0, 0.0)),
-        trained("large gap, surer", [-2, 0], strengths=(3.0, 0.0)),
-        trained("no difference", [0, 0], strengths=(3.0, 0.0)),
-    ]
-    assert [row.id for row in contradicted(rows, sure_gap=2.0)] == ["large gap, surer", "large gap", "small gap"]
-    nobody_said = [replace(row, strengths=()) for row in rows]
-    assert [row.id for row in contradicted(nobody_said, sure_gap=None)] == [
-        "small gap",
-        "large gap, surer",
-        "large gap",
-    ]
+def test_contradicted_rows_are_those_of_a_negative_margin_the_surest_first():
+    rows = [trained("right", [1, 0]), trained("sure", [-9, 0]), trained("no difference", [0, 0])]
+    rows += [trained("b", [-1, 0]), trained("a", [-1, 0])]
+    assert [row.id for row in contradicted(rows)] == ["sure", "a", "b"]
+
+
+def test_a_gap_of_the_median_or_more_is_a_large_one_and_unknown_gaps_are_neither():
+    gaps = {"small": 1.0, "median": 2.0, "large": 3.0}
+    rows = [trained(name, [-1, 0], split="train", strengths=(gap, 0.0)) for name, gap in gaps.items()]
+    assert {row.id for row in diagnose(rows, Params(), per_token=False).sure} == {"median", "large"}
+    mixed = diagnose([*rows, trained("imported", [-1, 0], split="train")], Params(), per_token=False)
+    assert mixed.sure_gap == 2 and {row.id for row in mixed.sure} == {"median", "large"}
+    unknown = diagnose([replace(row, strengths=()) for row in rows], Params(), per_token=False)
+    assert unknown.sure_gap is None and unknown.sure == [] and len(unknown.contradicted) == 3
 
 
 FLIPS = {  # log π_ref and log π of best and worst, both of 10 tokens
@@ -372,7 +371,7 @@ def test_the_answer_stands_first_and_the_rows_to_look_at_are_shown(hostile):
         text = page_of(page, hostile)
         places = [text.index(part) for part in ("Is that normal?", "reason for concern", "What to do", "Definitions")]
         assert places == sorted(places)
-        assert "1 of 1" in text and "look at it: the judge was sure" in text
+        assert "1 of 1" in text and "look at it: a large gap" in text
 
 
 def test_the_same_numbers_draw_the_same_pictures(hostile, tmp_path):
