@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from rankwise.fingerprint import sampled_from, tokenizer_digest
+from rankwise.fingerprint import sampled_from
 from rankwise.rows import write_aside
 from rankwise.types import Row, UserError, show_prompt
 from tasks import dpo
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rankwise.diagnosis import Bin, Trained
     from rankwise.reference import Scored
     from rankwise.rendering import TokenRow
-    from tasks.diagnosis_words import Finding
+    from tasks.diagnosis_facts import Finding
 
 TRACKED_ROWS = 50  # rows of each list shown in the tracker
 
@@ -72,12 +72,12 @@ def _trained(params: Params, training: dpo.Params, paths: Paths) -> tuple[Scored
     from rankwise.reference import score_rows
     from rankwise.scoring import LogpModel
 
-    if tokenizer_digest(paths.policy) != tokenizer_digest(paths.model):
-        raise UserError(
-            f"{paths.policy} has another tokenizer than its reference {paths.model}, so their log-probabilities are of "
-            "other tokens and no change can be told from them; run stage dpo again (dvc repro dpo)"
-        )
     tokenizer = load_tokenizer(paths.model)
+    if load_tokenizer(paths.policy).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{paths.policy} has another vocabulary than its reference {paths.model}, so their log-probabilities are "
+            "of other tokens and no change can be told from them; run stage dpo again (dvc repro dpo)"
+        )
     soft = training.loss == "soft_plackett_luce"
     scored = load(paths.preferences, paths.reference, paths.model, tokenizer, precision=training.precision, soft=soft)
     rows = [*scored.training, *scored.held_out]
@@ -179,7 +179,7 @@ class Diagnosis:
 def diagnose(rows: Sequence[Trained], params: Params, *, per_token: bool) -> Diagnosis:
     """Everything that the page and the metrics hold, from the rows."""
     from rankwise.diagnosis import broken, contradicted, quantile_bins, sign_bins
-    from tasks.diagnosis_words import ENOUGH_ROWS
+    from tasks.diagnosis_facts import ENOUGH_ROWS
 
     held_out = [row for row in rows if row.split == "held_out"]
     training = [row for row in rows if row.split == "train"]
@@ -235,9 +235,10 @@ def _bin(one: Bin) -> dict[str, Any]:
 
 
 def _write(found: Diagnosis, scored: ScoredRows, training: dpo.Params, stage: Stage, *, listed: int) -> list[Finding]:
+    from tasks.diagnosis_facts import facts_of
     from tasks.diagnosis_page import html_page, markdown_page
     from tasks.diagnosis_plots import draw
-    from tasks.diagnosis_words import facts_of, findings
+    from tasks.diagnosis_words import findings
 
     said = findings(facts_of(found), asdict(training))
     pictures = draw(found, stage.plots)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from rankwise.diagnosis import Bin, Summary, Trained, by_rank, summary
 from rankwise.types import Row, show_prompt
-from tasks.diagnosis_words import Finding, answer, facts_of, signed, todo
+from tasks.diagnosis_facts import Finding, facts_of, signed
+from tasks.diagnosis_words import answer, todo
 from tasks.markup import Html, document, table, tag, text_of
 from tasks.pages import STYLE, band, cell, markdown_table, picture
 

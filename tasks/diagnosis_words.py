@@ -6,71 +6,16 @@ A threshold is a constant with its reason beside it. They were chosen, not measu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-if TYPE_CHECKING:
-    from rankwise.diagnosis import Summary
-    from tasks.diagnosis import Diagnosis
+from tasks.diagnosis_facts import ENOUGH_ROWS, Facts, Finding, share, signed
 
 STILL = 1e-3  # nats a token: below it the policy is its reference for every purpose, and all else is rounding
 HALVED = 0.69  # nats a token (log 2): each token of the best answers has become half as likely
 OFF_DATA = 0.1  # nats a token: over 30 tokens the best answers have become e³ = 20 times less likely
-ENOUGH_ROWS = 20  # rows: with fewer an accuracy is known to no better than ±0.2
 LEARNT_BY_HEART = 0.1  # accuracy: a tenth of all pairs is right only because the policy was trained on them
 LENGTH_SKEW = 0.1  # accuracy: a tenth of all pairs hangs on which answer is the longer
-NEAR_TIE = 1.1  # nats (log 3): the judge itself gives one label in four at least a chance to be wrong
 NEAR_TIES = 0.25  # share of training rows: then a quarter of the labels are nearly guesses
-
-Kind = Literal["said", "watch", "concern"]  # a fact; something to know; a reason not to call the fall normal
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """The numbers that the rules look at."""
-
-    split: str  # "held-out" | "training": whose rows these are
-    whole: Summary  # of these rows
-    training: Summary | None  # of the training rows, where others are judged by
-    per_token: bool  # whether the loss compares log-ratios a token
-    longer: Mapping[str, Summary]  # rows whose best answer is "shorter", "longer" than the worst
-    by_gap: Sequence[Summary]  # rows by the judge's gap, the smallest first
-    near_ties: float | None  # share of training rows with a gap below NEAR_TIE; None where no gap is known
-    training_rows: int
-    contradicted: int  # training rows whose best answer the policy holds below the worst
-    sure: int | None  # of these, with a gap of at least the median; None where no gap is known
-    flips: Mapping[str, int]  # order by likelihood: kept right, mended, broken, kept wrong
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One sentence or two, and what to do where something should be done."""
-
-    kind: Kind
-    text: str
-    todo: tuple[str, ...] = ()
-
-
-def facts_of(found: Diagnosis) -> Facts:
-    """What the rules need of a diagnosis."""
-    from rankwise.diagnosis import flips, summary
-
-    training = found.of("train")
-    gaps = [row.gap for row in training if row.gap is not None]
-    sides = {-1: "shorter", 0: "alike", 1: "longer"}
-    return Facts(
-        split="held-out" if found.evidence == "held_out" else "training",
-        whole=summary(found.shown),
-        training=summary(training) if training and found.evidence == "held_out" else None,
-        per_token=found.per_token,
-        longer={sides[(one.low > 0) - (one.high < 0)]: one.found for one in found.by_longer},
-        by_gap=[one.found for one in found.by_gap],
-        near_ties=sum(gap < NEAR_TIE for gap in gaps) / len(gaps) if gaps else None,
-        training_rows=len(training),
-        contradicted=len(found.contradicted),
-        sure=len(found.sure) if gaps else None,
-        flips=flips(found.shown, per_token=found.per_token),
-    )
 
 
 # The answer ----------------------------------------------------------------------------------------------------------
@@ -116,9 +61,9 @@ def _fell(facts: Facts, training: Mapping[str, Any]) -> Finding:
     return Finding(
         kind="said",
         text=(
-            f"On {facts.split} rows the best answer's log-probability fell in {_share(whole.chosen_fell.mean)} of "
+            f"On {facts.split} rows the best answer's log-probability fell in {share(whole.chosen_fell.mean)} of "
             f"{whole.rows:,} (mean {signed(nats.chosen.mean, 1)} nats, {signed(token.chosen.mean, 2)} a token), the "
-            f"worst's in {_share(whole.rejected_fell.mean)} (mean {signed(nats.rejected.mean, 1)}, "
+            f"worst's in {share(whole.rejected_fell.mean)} (mean {signed(nats.rejected.mean, 1)}, "
             f"{signed(token.rejected.mean, 2)} a token)."
         ),
     )
@@ -200,7 +145,7 @@ def _depth(facts: Facts, training: Mapping[str, Any]) -> Finding | None:
 def _learnt(facts: Facts, training: Mapping[str, Any]) -> Finding:
     """Whether the order of the labels was learnt at all."""
     right, margin = facts.whole.accuracy, facts.whole.in_loss.margin
-    said = f"{_share(right.mean)} [{_share(right.low)}, {_share(right.high)}] of the ranked pairs"
+    said = f"{share(right.mean)} [{share(right.low)}, {share(right.high)}] of the ranked pairs"
     if right.low > 0.5 and margin.mean > 0:
         return Finding(kind="said", text=f"The implicit rewards order {said} rightly; at the start it is one half.")
     return Finding(
@@ -225,7 +170,7 @@ def _by_heart(facts: Facts, training: Mapping[str, Any]) -> Finding | None:
     todo = (f"fewer dpo.epochs (now {training['epochs']})",) if training["epochs"] > 1 else ()
     return Finding(
         kind="watch",
-        text=f"Training rows are ordered rightly in {_share(seen)} of pairs, held-out rows in {_share(unseen)}: part "
+        text=f"Training rows are ordered rightly in {share(seen)} of pairs, held-out rows in {share(unseen)}: part "
         "of every margin on training rows is memory, so believe the held-out ones.",
         todo=(*todo, *_soften(facts, training)),
     )
@@ -237,7 +182,7 @@ def _length(facts: Facts, training: Mapping[str, Any]) -> Finding | None:
     if any(side is None or side.rows < ENOUGH_ROWS for side in sides):
         return None
     longer, shorter = (side.accuracy.mean for side in sides)
-    said = f"{_share(longer)} of pairs where the best answer is longer than the worst, {_share(shorter)} where shorter"
+    said = f"{share(longer)} of pairs where the best answer is longer than the worst, {share(shorter)} where shorter"
     if abs(longer - shorter) <= LENGTH_SKEW:
         return Finding(kind="said", text=f"Length hardly matters: right are {said}.")
     mend = (
@@ -254,7 +199,7 @@ def _gap(facts: Facts, training: Mapping[str, Any]) -> Finding | None:
     if len(facts.by_gap) < 2 or min(facts.by_gap[0].rows, facts.by_gap[-1].rows) < ENOUGH_ROWS:
         return None
     low, high = (facts.by_gap[place].accuracy.mean for place in (0, -1))
-    said = f"{_share(low)} of pairs right where its gap is smallest, {_share(high)} where largest"
+    said = f"{share(low)} of pairs right where its gap is smallest, {share(high)} where largest"
     if high > low:
         return Finding(kind="said", text=f"The surer the judge, the righter the policy: {said}.")
     return Finding(
@@ -272,7 +217,7 @@ def _near_ties(facts: Facts, training: Mapping[str, Any]) -> Finding | None:
         return None
     return Finding(
         kind="watch",
-        text=f"In {_share(facts.near_ties)} of training rows the judge's odds for best over worst are below 3 to 1.",
+        text=f"In {share(facts.near_ties)} of training rows the judge's odds for best over worst are below 3 to 1.",
         todo=("raise preferences.tie_below", *_soften(facts, training)),
     )
 
@@ -283,7 +228,7 @@ def _contradicted(facts: Facts, training: Mapping[str, Any]) -> Finding | None:
         return None
     said = (
         f"After training the policy still holds the best answer below the worst in {facts.contradicted:,} of "
-        f"{facts.training_rows:,} training rows ({_share(facts.contradicted / facts.training_rows)})"
+        f"{facts.training_rows:,} training rows ({share(facts.contradicted / facts.training_rows)})"
     )
     if not facts.contradicted:
         return Finding(kind="said", text=f"{said}.")
@@ -342,12 +287,3 @@ def todo(said: Sequence[Finding]) -> list[str]:
     """All that the findings ask for, each once, concerns first."""
     ordered = sorted(said, key=lambda finding: finding.kind != "concern")
     return list(dict.fromkeys(line for finding in ordered for line in finding.todo))
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.0f} %"
-
-
-def signed(value: float, digits: int) -> str:
-    """A number with its sign, as print sets it."""
-    return f"{value:+.{digits}f}".replace("-", "−")

@@ -22,7 +22,7 @@ from rankwise.diagnosis import (
     summary,
 )
 from rankwise.types import Answer, Row, text_prompt
-from tasks import diagnosis_plots, diagnosis_words, dpo
+from tasks import diagnosis_facts, diagnosis_plots, diagnosis_words, dpo
 from tasks.diagnosis import Diagnosis, Params, diagnose
 from tasks.diagnosis_page import html_page, markdown_page
 
@@ -198,7 +198,7 @@ def test_a_token_and_in_sum_the_order_may_differ():
 
 def told(rows: list[Trained], *, per_token: bool = False, **changed) -> tuple[str, str, dict[str, str]]:
     """Kind and line of the answer, and what each rule that speaks says: name -> "kind: text"."""
-    facts = diagnosis_words.facts_of(diagnose(rows, Params(bins=2), per_token=per_token))
+    facts = diagnosis_facts.facts_of(diagnose(rows, Params(bins=2), per_token=per_token))
     training = DPO | changed
     said = diagnosis_words.findings(facts, training)
     by_rule = {rule.__name__: rule(facts, training) for rule in diagnosis_words.RULES}
@@ -322,7 +322,7 @@ def test_an_order_by_likelihood_that_broke_more_than_it_mended_is_a_concern():
 
 def test_held_out_rows_speak_where_there_are_enough_of_them():
     training = many([-1, -5], split="train")
-    few, enough = (many([-2, -5], count=n) for n in (diagnosis_words.ENOUGH_ROWS - 1, diagnosis_words.ENOUGH_ROWS))
+    few, enough = (many([-2, -5], count=n) for n in (diagnosis_facts.ENOUGH_ROWS - 1, diagnosis_facts.ENOUGH_ROWS))
     assert "On training rows" in told(training + few)[2]["fell"]
     assert "On held-out rows" in told(training + enough)[2]["fell"]
     assert "On training rows" in told(training)[2]["fell"]
@@ -348,7 +348,7 @@ def hostile(tmp_path) -> tuple[Diagnosis, dict[str, Row], dict[str, Path]]:
 
 def page_of(page, hostile) -> str:
     found, texts, pictures = hostile
-    said = diagnosis_words.findings(diagnosis_words.facts_of(found), DPO)
+    said = diagnosis_words.findings(diagnosis_facts.facts_of(found), DPO)
     return page(found, said, texts, pictures, listed=5)
 
 

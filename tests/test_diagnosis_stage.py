@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -139,11 +140,14 @@ def test_a_reference_table_of_other_weights_is_refused(project):
     assert "data/reference_logprobs.parquet: its log-probabilities are of weights" in said and "run stage" in said
 
 
-def test_a_policy_with_another_tokenizer_is_refused(project):
-    with open(project.root / "models/policy/tokenizer_config.json", "a", encoding="utf-8") as file:
-        file.write("\n")
+def test_a_policy_with_another_vocabulary_is_refused(project):
+    path = project.root / "models/policy/tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {"a": vocabulary["b"], "b": vocabulary["a"]}
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
     said = project.run("diagnosis").error
-    assert "models/policy has another tokenizer than its reference models/sft" in said and "dvc repro dpo" in said
+    assert "models/policy has another vocabulary than its reference models/sft" in said and "dvc repro dpo" in said
 
 
 def test_a_missing_policy_is_named(project):
