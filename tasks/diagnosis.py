@@ -9,12 +9,12 @@ Several processes (torchrun) share the rows. Nothing reads the result but people
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from rankwise.fingerprint import sampled_from
+from rankwise.fingerprint import digest, sampled_from
 from rankwise.rows import write_aside
 from rankwise.types import Row, UserError, show_prompt
 from tasks import dpo
@@ -35,6 +35,7 @@ TRACKED_ROWS = 50  # rows of each list shown in the tracker
 class Params:
     bins: int = param(4, "bins of about equal size by answer length and by the judge's gap", ge=1, le=20)
     listed: int = param(12, "rows shown in full, of each list", ge=0)
+    training_rows: int = param(0, "training rows looked at, chosen by a hash of their ids; 0: all", ge=0)
     max_tokens: int = param(8192, "token positions a forward pass: memory grows with it, results do not", ge=1)
 
 
@@ -80,6 +81,9 @@ def _trained(params: Params, training: dpo.Params, paths: Paths) -> tuple[Scored
         )
     soft = training.loss == "soft_plackett_luce"
     scored = load(paths.preferences, paths.reference, paths.model, tokenizer, precision=training.precision, soft=soft)
+    if params.training_rows:
+        some = sorted(scored.training, key=lambda row: digest("diagnosis", row.id))[: params.training_rows]
+        scored = replace(scored, training=some)
     rows = [*scored.training, *scored.held_out]
     if not rows:
         raise UserError(f"{paths.preferences}: no ranked row, so no change can be told; run stage preferences again")

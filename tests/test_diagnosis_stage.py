@@ -130,6 +130,14 @@ def test_ragged_rows_without_strengths_or_held_out_ones(project):
     assert "By the judge" not in (project.root / "reports/diagnosis/diagnosis.md").read_text()
 
 
+def test_fewer_training_rows_may_be_looked_at(project):
+    held_out = project.metrics("diagnosis")["held_out"]
+    project.change({"diagnosis": {"training_rows": 5}})
+    assert project.run("diagnosis").status == 0
+    found = project.metrics("diagnosis")
+    assert found["train"]["rows"] == 5 and found["held_out"]["rows"] == held_out["rows"]
+
+
 # Bad input
 
 
