@@ -107,6 +107,25 @@ class PreferenceSettings:
     unlikelihood: float = 0.0  # weight of the worse answers in the loss "likelihood"
     length_normalised: bool = False  # log-ratios per token, so that longer answers earn no margin by length
 
+    def rewards(self, policy_BK: Tensor, reference_BK: Tensor, tokens_BK: Tensor, mask_BK: Tensor) -> Tensor:
+        """The implicit rewards that the loss compares, [B, K], β·nats, of summed log-probabilities."""
+        if self.length_normalised:
+            return self.beta * length_normalised(policy_BK - reference_BK, tokens_BK, mask_BK)
+        return implicit_rewards(policy_BK, reference_BK, self.beta)
+
+    def losses(self, s_BK: Tensor, mask_BK: Tensor, ranks_BK: Tensor | None, strengths_BK: Tensor | None) -> Tensor:
+        """The loss of each row, [B], nats (of IPO: nats squared)."""
+        return preference_loss(
+            s_BK,
+            mask_BK,
+            ranks_BK,
+            strengths_BK,
+            loss=self.loss,
+            label_smoothing=self.label_smoothing,
+            beta=self.beta,
+            unlikelihood=self.unlikelihood,
+        )
+
 
 class PreferenceLearner:
     """Plackett-Luce DPO (E6) against stored reference log-probabilities; K = 2 is DPO (E5)."""
@@ -129,13 +148,11 @@ class PreferenceLearner:
 
     def losses(self, output: AnswerLogps, batch: Batch) -> RowLosses:
         policy_BK, reference_BK = batch.by_prompt(output.sum_A), self.reference_logps(batch)
-        ratio_BK = policy_BK - reference_BK
-        s_BK = implicit_rewards(policy_BK, reference_BK, self._settings.beta)
-        if self._settings.length_normalised:
-            scaled_BK = length_normalised(ratio_BK, batch.by_prompt(output.tokens_A), batch.mask_BK)
-            s_BK = self._settings.beta * scaled_BK
+        tokens_BK = batch.by_prompt(output.tokens_A)
+        s_BK = self._settings.rewards(policy_BK, reference_BK, tokens_BK, batch.mask_BK)
+        ratio_BK = (policy_BK - reference_BK).detach()
         return RowLosses(
-            ids=batch.ids, loss_B=self._loss(s_BK, batch), stats=self._stats(s_BK.detach(), ratio_BK.detach(), batch)
+            ids=batch.ids, loss_B=self._loss(s_BK, batch), stats=self._stats(s_BK.detach(), ratio_BK, batch)
         )
 
     def loss_at_start(self, batch: Batch) -> Tensor:
@@ -143,16 +160,7 @@ class PreferenceLearner:
         return self._loss(torch.zeros(batch.mask_BK.shape, device=batch.mask_BK.device), batch)
 
     def _loss(self, s_BK: Tensor, batch: Batch) -> Tensor:
-        return preference_loss(
-            s_BK,
-            batch.mask_BK,
-            batch.ranks_BK,
-            batch.strengths_BK,
-            loss=self._settings.loss,
-            label_smoothing=self._settings.label_smoothing,
-            beta=self._settings.beta,
-            unlikelihood=self._settings.unlikelihood,
-        )
+        return self._settings.losses(s_BK, batch.mask_BK, batch.ranks_BK, batch.strengths_BK)
 
     def reference_logps(self, batch: Batch) -> Tensor:
         """[B, K] float32 reference log-probabilities, zero where no answer exists."""

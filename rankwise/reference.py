@@ -109,8 +109,8 @@ def _score(
         for row, logps in zip(part, values[: len(part) * width].view(len(part), width).tolist()):
             if not all(map(math.isfinite, logps)):
                 raise UserError(
-                    f"{what}: row {row.id!r} has log-probabilities {logps}; the reference's weights or its "
-                    "precision are at fault: look at models/sft, or use precision fp32"
+                    f"{what}: row {row.id!r} has log-probabilities {logps}; the model's weights or its "
+                    "precision are at fault: look at its folder, or use precision fp32"
                 )
             fresh[keys[row.id]] = logps[: len(row.answers_ids)]
     return fresh

@@ -195,6 +195,11 @@ def _layout_of(model: PreTrainedModel) -> str:
     refused = ""
     try:
         alone = [_one_by_one(plain, row.prompt_ids, answer) for row in rows for answer in row.answers_ids]
+        if not torch.stack(alone).isfinite().all():
+            raise UserError(
+                f"{plain.name_or_path or type(plain).__name__}: its log-probabilities are no finite numbers, so its "
+                "weights are spoilt; train it again (a lower learning rate, precision fp32), or take another model"
+            )
         for layout in LAYOUTS:
             if layout == "flat" and not _takes_trees(plain):
                 continue

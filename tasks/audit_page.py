@@ -6,7 +6,6 @@ tasks.markup escapes.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from rankwise.evaluation import Estimate
 from tasks import plots
 from tasks.audit_measures import KINDS, WORSE, Audit, Measure, Panel, Status
 from tasks.markup import Html, document, table, tag
+from tasks.pages import STYLE, band, cell, markdown_table, picture
 
 Limits = Mapping[str, float | None]
 Pictures = Mapping[str, Mapping[str, Path]]  # section of the judge -> caption -> PNG
@@ -33,55 +33,6 @@ NOTHING = (
     "Nothing was judged: there are no rollouts. Preferences that were imported carry the labels of their data, and no "
     "judge stands behind them that could be audited."
 )
-
-STYLE = """
-:root { color-scheme: light dark; --back: #fff; --text: #1b1b1b; --soft: #5c5c5c; --line: #d8d8d8; --card: #f5f5f3;
-  --good: #00694b; --bad: #a5122a; --open: #7a5200; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #141414; --text: #e8e8e8; --soft: #a6a6a6; --line: #3a3a3a; --card: #1f1f1f;
-    --good: #5fd3a8; --bad: #ff8a9a; --open: #f0c268; }
-  img { background: #fff; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem 1rem 3rem; max-width: 62rem; background: var(--back); color: var(--text);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.05rem; font-weight: 600; margin: 0 0 .6rem; color: var(--soft); }
-h2 { font-size: 1.1rem; margin: 2rem 0 .4rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
-p { margin: .35rem 0; }
-.soft { color: var(--soft); font-size: .9rem; }
-.verdict { border-left: 6px solid var(--soft); background: var(--card); border-radius: .4rem; padding: .7rem .9rem;
-  margin: 0 0 .8rem; }
-.verdict.fail { border-color: var(--bad); }
-.verdict.pass { border-color: var(--good); }
-.answer { font-size: 1.45rem; line-height: 1.25; font-weight: 700; margin: 0 0 .2rem; }
-.fail .answer, td.fail { color: var(--bad); }
-.pass .answer, td.pass { color: var(--good); }
-td.open { color: var(--open); }
-td.fail, td.pass, td.open { font-weight: 600; }
-ul { margin: .5rem 0 0; padding-left: 1.1rem; }
-li { margin: .35rem 0; }
-.counts { margin: .5rem 0 0; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-top: 1px solid var(--line); }
-th { color: var(--soft); font-weight: normal; border: 0; white-space: nowrap; }
-.wide td:nth-child(n + 3) { white-space: nowrap; }
-figure { margin: 1rem 0; }
-figcaption { font-size: .9rem; color: var(--soft); }
-img { max-width: 100%; height: auto; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 0 1.2rem; }
-@media (max-width: 40rem) {
-  body { padding: .7rem .7rem 3rem; }
-  .wide thead { display: none; }
-  .wide tr { display: block; border-top: 1px solid var(--line); padding: .4rem 0; }
-  .wide td { display: inline-block; border: 0; padding: 0 .9rem 0 0; }
-  .wide td:empty { display: none; }
-  .wide td::before { content: attr(data-name) ": "; color: var(--soft); font-weight: normal; }
-  .wide td:first-child { display: block; font-weight: 600; }
-  .wide td:first-child::before { content: ""; }
-}
-"""
-
 
 # Words ---------------------------------------------------------------------------------------------------------------
 
@@ -301,24 +252,24 @@ def markdown_page(audits: Mapping[str, Audit], together: Panel | None, limits: L
     if not audits:
         return "\n".join([*lines, NOTHING, ""])
     if together is not None and together.failed(limits):
-        lines += [f"**{DISAGREE}**", "", f"- {_cell(said(together.alpha, limits['panel_alpha']))}", ""]
+        lines += [f"**{DISAGREE}**", "", f"- {cell(said(together.alpha, limits['panel_alpha']))}", ""]
     for section, audit in audits.items():
         lines += [
-            f"## {_cell(audit.name)}",
+            f"## {cell(audit.name)}",
             "",
             f"**{answer(audit.measures, limits)[1]}** ({counts(audit.measures, limits)}).",
             "",
         ]
-        lines += [f"- {_cell(said(measure, limits[measure.name]))}" for measure in audit.failed(limits)]
+        lines += [f"- {cell(said(measure, limits[measure.name]))}" for measure in audit.failed(limits)]
         lines += [
             "",
-            *_markdown_table(("measure", "found", "limit", "result", "measured on"), gate_rows(audit.measures, limits)),
+            *markdown_table(("measure", "found", "limit", "result", "measured on"), gate_rows(audit.measures, limits)),
         ]
         for heading, text, columns, rows in details(audit):
-            lines += ["", f"### {heading}", "", text, "", *_markdown_table(columns, rows)]
+            lines += ["", f"### {heading}", "", text, "", *markdown_table(columns, rows)]
         lines += ["", *(f"![{caption}](plots/{path.name})" for caption, path in pictures[section].items()), ""]
     if together is not None:
-        lines += ["## The panel", "", *_markdown_table(*_panel(together, limits)), ""]
+        lines += ["## The panel", "", *markdown_table(*_panel(together, limits)), ""]
     lines += ["", *(f"- {status}: {meaning}" for status, meaning in MEANING.items())]
     return "\n".join(lines) + "\n"
 
@@ -327,13 +278,13 @@ def html_page(audits: Mapping[str, Audit], together: Panel | None, limits: Limit
     """The audit as one file of HTML."""
     body: list[Html] = [tag("h1", "Can the judge be trusted?")]
     if not audits:
-        return document("Audit of the judge", [*body, _band("none", "Nothing was judged", NOTHING, [])], style=STYLE)
+        return document("Audit of the judge", [*body, band("none", "Nothing was judged", NOTHING, [])], style=STYLE)
     if together is not None and together.failed(limits):
-        body.append(_band("fail", DISAGREE, said(together.alpha, limits["panel_alpha"]), []))
+        body.append(band("fail", DISAGREE, said(together.alpha, limits["panel_alpha"]), []))
     body += [_verdict(audit, limits) for audit in audits.values()]
     for section, audit in audits.items():
         body += [tag("h2", f"Gates of {audit.name}"), _gates(audit, limits)]
-        images = [_picture(caption, path) for caption, path in pictures[section].items()]
+        images = [picture(caption, path) for caption, path in pictures[section].items()]
         body += [tag("div", *images, class_="pictures")]
         for heading, text, columns, rows in details(audit):
             body += [tag("h3", heading), tag("p", text, class_="soft"), table(columns, rows)]
@@ -348,7 +299,7 @@ def _verdict(audit: Audit, limits: Limits) -> Html:
     kind, line = answer(audit.measures, limits)
     told = [said(measure, limits[measure.name]) for measure in audit.failed(limits)] or _known(audit)
     items = [tag("li", text) for text in told]
-    return _band(kind, line, f"{audit.name} · {counts(audit.measures, limits)}", items)
+    return band(kind, line, f"{audit.name} · {counts(audit.measures, limits)}", items)
 
 
 def _known(audit: Audit) -> list[str]:
@@ -357,11 +308,6 @@ def _known(audit: Audit) -> list[str]:
     known = [found[name] for name in HEADLINE if found[name].value is not None]
     which = lambda measure: f" ({measure.of_which})" if measure.of_which else ""
     return [f"{KINDS[m.name].title}{which(m)}: {number(m.value, KINDS[m.name].form)}" for m in known]
-
-
-def _band(kind: str, line: str, about: str, items: Sequence[Html]) -> Html:
-    parts = [tag("p", line, class_="answer"), tag("p", about, class_="soft")]
-    return tag("div", *parts, *([tag("ul", *items)] if items else []), class_=f"verdict {kind}")
 
 
 def _gates(audit: Audit, limits: Limits) -> Html:
@@ -385,20 +331,3 @@ def _panel(together: Panel, limits: Limits) -> tuple[tuple[str, ...], list[tuple
         kappa = f"kappa {number(two.kappa, 'number')}"
         rows.append((" · ".join(two.judges), number(two.agreement, "share"), kappa, f"{two.pairs} pairs"))
     return ("judges", "agreement", "beyond chance, or limit", "measured on"), rows
-
-
-def _picture(caption: str, path: Path) -> Html:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return tag("figure", tag("img", src=f"data:image/png;base64,{data}", alt=caption), tag("figcaption", caption))
-
-
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    line = lambda cells: "| " + " | ".join(map(_cell, cells)) + " |"
-    return [line(columns), "|" + "---|" * len(columns), *map(line, rows)]
-
-
-def _cell(text: str) -> str:
-    """Text that cannot leave its cell or become markup."""
-    for character in "\\`*_<>|[]":
-        text = text.replace(character, f"\\{character}")
-    return " ".join(text.split())

@@ -6,20 +6,20 @@ reference's own weights, or in a later round from those that the round before en
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rankwise.fingerprint import file_digest, tokenizer_digest, weights_digest
-from rankwise.rows import read_rows, read_table, write_json
-from rankwise.types import Row, UserError
+from rankwise.rows import write_json
+from rankwise.types import UserError
 from tasks.params import param
+from tasks.scored_rows import load
 from tasks.stage import Stage, is_first_rank, main
 from tasks.training import LoraParams, TrainingParams, drop_checkpoints, fit, last_epoch, save_trained, with_adapters
 
 if TYPE_CHECKING:
-    from rankwise.learners import PreferenceLearner
+    from rankwise.learners import PreferenceLearner, PreferenceSettings
     from rankwise.rendering import TokenRow
 
 START_ROWS = 64  # rows on which "policy = reference" is checked before the first step
@@ -59,30 +59,26 @@ class Paths:
 
 def run(params: Params, paths: Paths, stage: Stage) -> None:
     from rankwise.checkpoints import load_causal_lm, load_tokenizer
-    from rankwise.learners import PreferenceLearner, PreferenceSettings
+    from rankwise.learners import PreferenceLearner
     from rankwise.parallel import place
     from rankwise.scoring import LogpModel
     from tasks.plots import training_curves
 
     tokenizer = load_tokenizer(paths.model)
-    rows, held_out, references = _load(params, paths, tokenizer)
-    settings = PreferenceSettings(
-        beta=params.beta,
-        loss=params.loss,
-        label_smoothing=params.label_smoothing,
-        unlikelihood=params.unlikelihood,
-        length_normalised=params.length_normalised,
-    )
+    soft = params.loss == "soft_plackett_luce"
+    scored = load(paths.preferences, paths.reference, paths.model, tokenizer, precision=params.precision, soft=soft)
+    rows, held_out = scored.training, scored.held_out
+    settings = settings_of(params)
 
     def learner_from(folder: Path) -> PreferenceLearner:
         module = LogpModel(with_adapters(load_causal_lm(folder), params.lora, seed=params.seed))
-        return PreferenceLearner(place(module, params.precision), 0, references, settings)
+        return PreferenceLearner(place(module, params.precision), 0, scored.references, settings)
 
     learner = learner_from(paths.model)
     start = _check_start(learner, rows, params)
     stage.log(f"loss at the start {start['loss']:.6f}, expected {start['expected']:.6f} (log K! averaged over rows)")
     identity = {
-        "reference": weights_digest(paths.model),
+        "reference": scored.reference,
         "start": weights_digest(paths.start),
         "tokenizer": tokenizer_digest(paths.model),
         "preferences": file_digest(paths.preferences),
@@ -122,57 +118,11 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     drop_checkpoints(stage, params, identity)
 
 
-def _load(params: Params, paths: Paths, tokenizer) -> tuple[list[TokenRow], list[TokenRow], dict[str, list[float]]]:
-    """Training rows, held-out rows, and each row's reference log-probabilities, checked to be of these very rows."""
-    from rankwise.reference import key_of
-    from rankwise.rendering import Renderer
+def settings_of(params: Params) -> PreferenceSettings:
+    """How log-ratios become a loss under these parameters."""
+    from rankwise.learners import PreferenceSettings
 
-    table = read_table(paths.reference)
-    meta = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-    weights = weights_digest(paths.model)
-    if meta.get("reference") != weights:
-        raise UserError(
-            f"{paths.reference}: its log-probabilities are of weights {meta.get('reference')}, but {paths.model} holds "
-            f"{weights}; run stage reference_logprobs again (dvc repro dpo does)"
-        )
-    if meta["precision"] != params.precision:
-        raise UserError(
-            f"dpo.precision is {params.precision!r}, the reference was computed in {meta['precision']!r}; their "
-            "difference would be noise in every margin: set both alike"
-        )
-    # The same limits as the reference pass had, or the keys below would not be those of the same tokens.
-    limits = {name: int(meta[name]) for name in ("max_prompt_tokens", "max_answer_tokens")}
-    renderer = Renderer(tokenizer, **limits)
-    table_rows = read_rows(paths.preferences)
-    if params.loss == "soft_plackett_luce":
-        _check_strengths(table_rows, paths.preferences)
-    rendered = {row.id: renderer.render(row) for row in table_rows}
-    known = {record["id"]: record for record in table.select(["id", "key", "logps"]).to_pylist()}
-    wrong = [
-        row.id
-        for row in rendered.values()
-        if row.id not in known or known[row.id]["key"] != key_of(row, weights=weights, precision=params.precision)
-    ]
-    if wrong:
-        raise UserError(
-            f"{paths.reference}: {len(wrong)} of {len(rendered)} rows have no reference log-probability for their "
-            f"tokens: {', '.join(wrong[:10])}{' …' if len(wrong) > 10 else ''}; run stage reference_logprobs again"
-        )
-    split = {row.id: row.meta.get("split", "train") for row in table_rows}
-    training = [row for row in rendered.values() if split[row.id] == "train"]
-    held_out = [row for row in rendered.values() if split[row.id] == "held_out"]
-    return training, held_out, {row_id: record["logps"] for row_id, record in known.items()}
-
-
-def _check_strengths(rows: Sequence[Row], path: Path) -> None:
-    """Raises UserError where answers have no strength: a label without a probability cannot be soft."""
-    without = [row.id for row in rows if any(answer.strength is None for answer in row.answers)]
-    if without:
-        raise UserError(
-            f"{path}: {len(without)} of {len(rows)} rows have answers without a strength: {', '.join(without[:10])}"
-            f"{' …' if len(without) > 10 else ''}; dpo.loss soft_plackett_luce learns a judge's probabilities, and "
-            "imported rankings have none: set dpo.loss to plackett_luce, or have a judge rank these answers"
-        )
+    return PreferenceSettings(**{name: getattr(params, name) for name in PreferenceSettings.__dataclass_fields__})
 
 
 def _check_start(learner: PreferenceLearner, rows: list[TokenRow], params: Params) -> dict[str, float]:

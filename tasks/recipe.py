@@ -42,6 +42,7 @@ STAGES = (
     "preferences",
     "reference_logprobs",
     "dpo",
+    "diagnosis",
     "evaluate",
     "register",
 )

@@ -22,7 +22,10 @@ from tasks.params import build, merged, param
 T = TypeVar("T")
 
 # The stages of a round, in order; an entry of rounds.each may change parameters of each.
-STAGES = ("rollouts", "verdicts", "audit_judge", "preferences", "reference_logprobs", "dpo", "evaluate")
+STAGES = (
+    *("rollouts", "verdicts", "audit_judge", "preferences", "reference_logprobs"),
+    *("dpo", "diagnosis", "evaluate"),
+)
 WRITTEN = {  # what follows from the parameters, as people read it
     "last": "ending of the last round's files; register takes that policy",
     "each": "what dvc.yaml unrolls; `python -m tasks.recipe params.yaml` writes it anew, parameters are kept",

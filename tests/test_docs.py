@@ -16,7 +16,7 @@ import pytest
 import unrolled
 import yaml
 
-from tasks import parameters, recipe
+from tasks import parameters, recipe, sweep
 from tasks.doctor import Stops
 from tasks.params import default_of
 from tasks.sources import File
@@ -226,9 +226,14 @@ def test_every_parameter_named_exists(page):
 
 
 @pages
-def test_every_recipe_shown_is_accepted(page):
+def test_every_recipe_and_sweep_shown_is_accepted(page, tmp_path):
     for block in blocks(page, "yaml"):
-        recipe.render(yaml.safe_load(block), where=page.name)
+        given = yaml.safe_load(block)
+        if "methods" in given:
+            (tmp_path / "sweep.yaml").write_text(block)
+            sweep.apply(tmp_path / "sweep.yaml", file=tmp_path / "params.yaml", params=ROOT / "params.yaml")
+        else:
+            recipe.render(given, where=page.name)
 
 
 def test_the_picture_is_the_graph():

@@ -184,7 +184,9 @@ def test_other_dpo_parameters_ask_nothing_again(project):
     assert project.timings("reference_logprobs")["rows_computed"] == 0
     changed = {path for path, digest in project.tree().items() if before.get(path) != digest}
     assert all(path.startswith(("models/policy", "data/evaluation", "reports/")) for path in changed)
-    assert {path.split("/")[1] for path in changed if path.startswith("reports/")} == {"dpo", "evaluate", "register"}
+    assert {path.split("/")[1] for path in changed if path.startswith("reports/")} == {
+        *("dpo", "diagnosis", "evaluate", "register")
+    }
 
 
 def test_other_weights_are_asked_anew(project):
@@ -321,7 +323,7 @@ def test_an_experiment_with_another_beta_runs_dpo_and_what_follows_and_no_refere
     timings = repository.root / ".rankwise/timings/reference_logprobs.json"
     before = timings.stat().st_mtime_ns
     said = repository.command("dvc", "exp", "run", "-S", "dpo.beta=0.3")
-    assert repository.ran(said) == ["dpo", "evaluate", "register"]
+    assert repository.ran(said) == ["dpo", "diagnosis", "evaluate", "register"]
     assert timings.stat().st_mtime_ns == before
     assert json.loads((repository.root / "reports/dpo/metrics.json").read_text())["beta"] == 0.3
     shown = repository.command("dvc", "metrics", "diff", "HEAD")

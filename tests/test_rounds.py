@@ -116,9 +116,8 @@ def test_no_two_stages_write_one_file_and_a_further_round_renames_none():
 def test_a_stage_of_a_round_depends_on_its_own_parameters_of_that_round_alone():
     each = unrolled.stages(yaml.safe_load(recipe.render({"rounds": {"count": 3}})))
     for stage, number in itertools.product(rounds.STAGES, (1, 2, 3)):
-        read = (
-            ("audit_judge", "verdicts") if stage == "audit_judge" else (stage,)
-        )  # the audit asks the judge of verdicts
+        # The audit asks the judge of verdicts; the diagnosis is of the loss that dpo trained on.
+        read = (stage, *{"audit_judge": ["verdicts"], "diagnosis": ["dpo"]}.get(stage, []))
         own = [f"rounds.each.{number}.{section}" for section in read]
         assert each[f"{stage}@{number}"]["params"] == [*read, *own]
 
@@ -453,7 +452,7 @@ def test_a_further_round_runs_it_alone(repository):
 @pytest.mark.slow
 def test_a_parameter_of_round_two_reruns_from_there(repository):
     repository.apply(shortened("spin", rounds={"each": {"2": {"dpo": {"beta": 0.7}}}}))
-    assert repository.ran(repository.command("dvc", "repro")) == ["dpo@2", "evaluate@2", "register"]
+    assert repository.ran(repository.command("dvc", "repro")) == ["dpo@2", "diagnosis@2", "evaluate@2", "register"]
 
 
 @pytest.mark.slow
@@ -491,7 +490,7 @@ def test_killed_in_round_two_dvc_continues_to_the_same_lock(repository, tmp_path
     os.killpg(dvc.pid, signal.SIGKILL)
     dvc.communicate()
     ran = other.ran(other.command("dvc", "repro"))
-    assert ran == ["dpo@2", "evaluate", "evaluate@2", "register"], (
-        "DVC evaluates last, round 1 (plainly named here) too"
+    assert ran == ["dpo@2", "diagnosis", "diagnosis@2", "evaluate", "evaluate@2", "register"], (
+        "DVC diagnoses and evaluates last, round 1 (plainly named here) too"
     )
     assert (other.root / "dvc.lock").read_bytes() == (repository.root / "dvc.lock").read_bytes()
