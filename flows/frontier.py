@@ -106,7 +106,7 @@ def _run_at_once(nodes: list[graph.Node], jobs: int) -> list[Outcome]:
 
 def _before(node: graph.Node, states: Mapping[str, State]) -> list[str]:
     # The figure is drawn of those points that there are.
-    return [] if node.name.endswith(":frontier") else [name for name in node.upstream if name in states]
+    return [] if ":frontier@" in node.name else [name for name in node.upstream if name in states]
 
 
 def _outcome(node: graph.Node, state: State) -> Outcome:

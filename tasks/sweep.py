@@ -98,6 +98,7 @@ def points(sweep: Sweep, *, where: str, judge: Mapping[str, Any]) -> dict[str, A
         "policies": {},
         "gradients": {},
         "evaluations": dict(_of_sft(sweep)),
+        "figures": {sweep.name: {}},
     }
     for name, method in methods.items():
         for value, seed, over in _settings(sweep, method):
