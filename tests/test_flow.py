@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import Toy
 
-from flows import align, keys, process, server, summary
+from flows import keys, process, server, stages, summary
 
 ROOT = Path(__file__).parent.parent
 
@@ -146,15 +146,15 @@ def test_only_stages_with_outside_reasons_are_tried_again():
     class Run:
         run_count = 1
 
-    failed, mistake = Failed(message="503"), Failed(name=align.MISTAKE)
-    away = Failed(name=align.AWAY)
-    verdicts, dpo = (align.run_stage.with_options(name=name) for name in ("verdicts@2", "dpo"))
-    assert align._worth_a_retry(verdicts, Run, failed)
-    assert not align._worth_a_retry(dpo, Run, failed)
-    assert not align._worth_a_retry(verdicts, Run, mistake)
-    assert align._worth_a_retry(verdicts, Run, away) and align._worth_a_retry(dpo, Run, away)
-    Run.run_count = len(align.RETRY_AFTER_S) + 1
-    assert not align._worth_a_retry(verdicts, Run, failed) and not align._worth_a_retry(dpo, Run, away)
+    failed, mistake = Failed(message="503"), Failed(name=stages.MISTAKE)
+    away = Failed(name=stages.AWAY)
+    verdicts, dpo = (stages.run_stage.with_options(name=name) for name in ("verdicts@2", "dpo"))
+    assert stages.worth_a_retry(verdicts, Run, failed)
+    assert not stages.worth_a_retry(dpo, Run, failed)
+    assert not stages.worth_a_retry(verdicts, Run, mistake)
+    assert stages.worth_a_retry(verdicts, Run, away) and stages.worth_a_retry(dpo, Run, away)
+    Run.run_count = len(stages.RETRY_AFTER_S) + 1
+    assert not stages.worth_a_retry(verdicts, Run, failed) and not stages.worth_a_retry(dpo, Run, away)
 
 
 def test_a_stopped_stage_is_not_revived_by_a_retry(monkeypatch):
@@ -165,7 +165,7 @@ def test_a_stopped_stage_is_not_revived_by_a_retry(monkeypatch):
 
     monkeypatch.setattr(process, "stopping", type(process.stopping)())
     process.stopping.set()
-    assert not align._worth_a_retry(align.run_stage.with_options(name="verdicts"), Run, Failed())
+    assert not stages.worth_a_retry(stages.run_stage.with_options(name="verdicts"), Run, Failed())
 
 
 def test_a_second_run_of_a_checkout_is_refused(finished, api):
