@@ -30,8 +30,9 @@ from flows.stages import MISTAKE, Going, StageFailed, going, leave_artifact, onl
 from flows.summary import Outcome
 from rankwise.types import UserError
 from tasks import sweep as sweeps
+from tasks.frontier import in_short, settings
 from tasks.params import read_yaml
-from tasks.tracking import pipeline_run
+from tasks.tracking import Tracker, pipeline_run
 
 FILE = "sweeps/dvc.yaml"
 LOOK_EVERY_S = 0.5  # seconds between two looks at points that are under way; ctrl-C is heard in between
@@ -146,7 +147,7 @@ def _table() -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def _tell(tracker) -> None:
+def _tell(tracker: Tracker) -> None:
     """The table on the head of the sweep's page in MLflow, the figures among its files."""
     if table := _table():
         tracker.note(table)
@@ -155,22 +156,29 @@ def _tell(tracker) -> None:
 
 
 def _show(outcomes: list[Outcome], *, prefect: str) -> None:
-    """The end of the command: the sweep's table, what ran, where the figures are."""
+    """The end of the command: each setting in a line, what did not run, where the figures are."""
     from rich.console import Console
-    from rich.markdown import Markdown
+    from rich.markup import escape
+    from rich.table import Table
 
-    console = Console(highlight=False)
-    if table := _table():
-        console.print(Markdown(table))
+    console = Console(highlight=False, soft_wrap=True)
+    sweep, report = read_yaml(sweeps.FILE), _report()
+    every, _ = settings(sweep, report.parent / "evaluations")
+    reward = read_yaml(Path("params.yaml"))["frontier"]["reward"]
+    head, *rows = in_short(sweep, every, reward)
+    table = Table(*head, title=f"sweep {sweep['sweep']}", title_justify="left", title_style="bold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
     for outcome in outcomes:
         if outcome.state in ("failed", "not run"):
             console.print(f"  {outcome.stage}: {outcome.state}, {outcome.note}", markup=False)
     seconds = sum(outcome.seconds for outcome in outcomes)
-    console.print(f"\n  {summary.counts(outcomes)}; {seconds / 60:.1f} minutes of stages", markup=False)
-    figures = ", ".join(map(str, sorted(_report().rglob("*.png"))))
-    for name, place in (("table", _report() / "frontier.md"), ("figures", figures), ("Prefect", prefect)):
+    console.print(f"  {summary.counts(outcomes)}; {seconds / 60:.1f} minutes of stages", markup=False)
+    figures = ", ".join(map(str, sorted(report.rglob("*.png"))))
+    places = {"table": report / "frontier.md", "figures": figures, "Prefect": prefect, "MLflow": "make mlflow"}
+    for name, place in places.items():
         console.print(f"  {name:<8} {place}", markup=False)
-    console.print("  MLflow   make mlflow: select the points and compare them", markup=False)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -156,6 +156,19 @@ def _between(curve: Sequence[Setting], kl: float, reward: str) -> Estimate | Non
 _ESTIMATE = ("mean", "low", "high")
 
 
+def in_short(sweep: Mapping[str, Any], every: Sequence[Setting], reward: str) -> list[list[str]]:
+    """A head, and a row a setting, narrow enough for a terminal: what it cost and what it brought."""
+    names = ("kl", reward, "win_rate_gold", "words")
+    shown = [name for name in names if any(name in one.found for one in every)]
+    rows = [["method", "knob", *(MEASURES[name][1] for name in shown)]]
+    for one in every:
+        if one.temperature == _own_temperature(sweep):
+            knob = "" if one.value is None else f"{sweep['knobs'][one.method].partition('.')[2]} {one.value:g}"
+            cells = [_briefly(one.found.get(name)) for name in shown]
+            rows.append([sweep["labels"][one.method], knob, *cells])
+    return rows
+
+
 def _own_temperature(sweep: Mapping[str, Any]) -> float:
     """The temperature of the points that are no part of a curve over temperatures: each setting's first."""
     return next(iter(sweep["evaluations"].values()))["temperature"]
@@ -216,6 +229,14 @@ def _shown(estimate: Estimate | None) -> str:
     if estimate.low == estimate.high:
         return f"{estimate.mean:.3g}"
     return f"{estimate.mean:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
+
+
+def _briefly(estimate: Estimate | None) -> str:
+    """4.2 ± 0.6: means over seeds have intervals that are even to both sides."""
+    if estimate is None:
+        return ""
+    half = (estimate.high - estimate.low) / 2
+    return f"{estimate.mean:.3g} ± {half:.2g}" if half else f"{estimate.mean:.3g}"
 
 
 def _write(path: Path, text: str) -> None:
