@@ -86,7 +86,7 @@ PARAMETERS = {  # what is done to params.yaml, the stage that is run, words of i
     "no such choice": (
         lambda p: p["dpo"].update(loss="plackett-luce"),
         "dpo",
-        ("dpo.loss: one of 'plackett_luce', 'soft_plackett_luce', 'ipo' was expected",),
+        ("dpo.loss: one of 'plackett_luce', 'soft_plackett_luce', 'pairwise', 'ipo', 'likelihood' was expected",),
     ),
     "K = 1": (lambda p: p["rollouts"].update(k=1), "rollouts", ("rollouts.k is 1 and there is no teacher",)),
     "a stop of nothing": (lambda p: p["rollouts"].update(stop=[""]), "rollouts", ('stop: "" is in every text',)),
@@ -528,7 +528,7 @@ def test_a_disk_that_may_not_be_written(project, stage, folder):
 
 
 def test_a_second_process_of_the_same_stage(project):
-    with open(project.root / ".rankwise/locks/sft.lock", "w") as handle:
+    with open(project.root / ".rankwise/locks/sft-reports-sft.lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         handle.write("4321")
         handle.flush()
