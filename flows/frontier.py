@@ -1,18 +1,19 @@
 """A sweep as a Prefect flow: methods and their knobs over one SFT model, one set of rollouts, one reference pass.
 
     python -m flows.frontier                                   # recipes/sweeps/frontier.yaml: reward against KL
-    python -m flows.frontier recipes/sweeps/ranking.yaml       # does ranking help?
+    python -m flows.frontier recipes/sweeps/mine.yaml          # another question
     python -m flows.frontier --jobs 2                          # two points at a time
 
 The stages are those of sweeps/dvc.yaml, and what they need of dvc.yaml; DVC decides what is stale, so a stopped sweep
 continues where it was and one more point costs one point. A point that fails stops what follows from it and nothing
-else. Ends with the table of sweeps/NAME/frontier/frontier.md; the figures lie beside it.
+else. Ends with a line a setting; the whole table is sweeps/NAME/frontier/frontier.md, the figures lie beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from tasks.params import read_yaml
 from tasks.tracking import Tracker, pipeline_run
 
 FILE = "sweeps/dvc.yaml"
+NOT_RUN = "a stage before it failed"
 LOOK_EVERY_S = 0.5  # seconds between two looks at points that are under way; ctrl-C is heard in between
 
 
@@ -93,7 +95,8 @@ def _run_at_once(nodes: list[graph.Node], jobs: int) -> list[Outcome]:
         while waiting or running:
             for node in [node for node in waiting if names.intersection(node.upstream) <= states.keys()]:
                 if any(states[name].is_failed() or states[name].is_cancelled() for name in _before(node, states)):
-                    states[node.name] = Failed(message="a stage before it failed")
+                    states[node.name] = Failed(message=NOT_RUN)
+                    _forget(node)
                 elif len(running) < jobs:
                     running[start(node, states)] = node
                 else:
@@ -101,8 +104,18 @@ def _run_at_once(nodes: list[graph.Node], jobs: int) -> list[Outcome]:
                 waiting.remove(node)
             done, _ = wait(running, timeout=LOOK_EVERY_S, return_when=FIRST_COMPLETED)
             for future in done:
-                states[running.pop(future).name] = future.result()
+                node = running.pop(future)
+                states[node.name] = future.result()
+                if states[node.name].is_failed():
+                    _forget(node)
     return [_outcome(node, states[node.name]) for node in nodes]
+
+
+def _forget(node: graph.Node) -> None:
+    """Remove an evaluation that is of an earlier policy than the one that has just failed: it would be drawn."""
+    _, _, stage = node.name.rpartition(":")
+    if stage.startswith("evaluate@"):
+        shutil.rmtree(_report().parent / "evaluations" / stage.partition("@")[2], ignore_errors=True)
 
 
 def _before(node: graph.Node, states: Mapping[str, State]) -> list[str]:
@@ -114,7 +127,7 @@ def _outcome(node: graph.Node, state: State) -> Outcome:
     name = node.name
     if name in going.get().outcomes:
         return going.get().outcomes[name]
-    ran = "not run" if state.message == "a stage before it failed" else "failed"
+    ran = "not run" if state.message == NOT_RUN else "failed"
     return Outcome(stage=name, state=ran, note=state.message or state.name, status=1)
 
 
@@ -158,27 +171,24 @@ def _tell(tracker: Tracker) -> None:
 def _show(outcomes: list[Outcome], *, prefect: str) -> None:
     """The end of the command: each setting in a line, what did not run, where the figures are."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
     sweep, report = read_yaml(sweeps.FILE), _report()
     every, _ = settings(sweep, report.parent / "evaluations")
-    reward = read_yaml(Path("params.yaml"))["frontier"]["reward"]
-    head, *rows = in_short(sweep, every, reward)
-    table = Table(*head, title=f"sweep {sweep['sweep']}", title_justify="left", title_style="bold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
+    if every:
+        reward = read_yaml(Path("params.yaml"))["frontier"]["reward"]
+        console.print(f"\nsweep {sweep['sweep']}", style="bold")
+        console.print(in_short(sweep, every, reward), markup=False)
     for outcome in outcomes:
         if outcome.state in ("failed", "not run"):
             console.print(f"  {outcome.stage}: {outcome.state}, {outcome.note}", markup=False)
     seconds = sum(outcome.seconds for outcome in outcomes)
     console.print(f"  {summary.counts(outcomes)}; {seconds / 60:.1f} minutes of stages", markup=False)
     figures = ", ".join(map(str, sorted(report.rglob("*.png"))))
-    places = {"table": report / "frontier.md", "figures": figures, "Prefect": prefect, "MLflow": "make mlflow"}
-    for name, place in places.items():
-        console.print(f"  {name:<8} {place}", markup=False)
+    table = report / "frontier.md" if every else ""
+    for name, place in {"table": table, "figures": figures, "Prefect": prefect, "MLflow": "make mlflow"}.items():
+        if place:
+            console.print(f"  {name:<8} {place}", markup=False)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -109,7 +109,8 @@ class PreferenceSettings:
 
     def rewards(self, policy_BK: Tensor, reference_BK: Tensor, tokens_BK: Tensor, mask_BK: Tensor) -> Tensor:
         """The implicit rewards that the loss compares, [B, K], β·nats, of summed log-probabilities."""
-        if self.length_normalised:
+        # The likelihood of an answer is a sum, whatever log-ratios are compared by.
+        if self.length_normalised and self.loss != "likelihood":
             return self.beta * length_normalised(policy_BK - reference_BK, tokens_BK, mask_BK)
         return implicit_rewards(policy_BK, reference_BK, self.beta)
 

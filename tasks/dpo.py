@@ -64,6 +64,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     from rankwise.scoring import LogpModel
     from tasks.plots import training_curves
 
+    _check_loss(params)
     tokenizer = load_tokenizer(paths.model)
     soft = params.loss == "soft_plackett_luce"
     scored = load(paths.preferences, paths.reference, paths.model, tokenizer, precision=params.precision, soft=soft)
@@ -105,7 +106,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
         {
             "rows": len(rows),
             "held_out_rows": len(held_out),
-            "beta": params.beta,
+            **({"beta": params.beta} if params.loss != "likelihood" else {}),  # there is none in that loss
             "start_loss": start["loss"],
             "start_loss_expected": start["expected"],
             **{
@@ -123,6 +124,20 @@ def settings_of(params: Params) -> PreferenceSettings:
     from rankwise.learners import PreferenceSettings
 
     return PreferenceSettings(**{name: getattr(params, name) for name in PreferenceSettings.__dataclass_fields__})
+
+
+def _check_loss(params: Params) -> None:
+    """Raises UserError where a parameter is set that has no part in the loss."""
+    if params.unlikelihood and params.loss != "likelihood":
+        raise UserError(
+            f"dpo.unlikelihood is {params.unlikelihood}, which has no part in dpo.loss {params.loss!r}; set it to 0, "
+            "or the loss to likelihood"
+        )
+    if params.label_smoothing and params.loss not in ("plackett_luce", "soft_plackett_luce"):
+        raise UserError(
+            f"dpo.label_smoothing is {params.label_smoothing}, which has no part in dpo.loss {params.loss!r}; set it "
+            "to 0, or the loss to plackett_luce"
+        )
 
 
 def _check_start(learner: PreferenceLearner, rows: list[TokenRow], params: Params) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from rankwise.types import UserError
 from tasks.params import param, read_yaml
 from tasks.stage import Stage, main, read_json
 
-SFT = "sft"
+_ESTIMATE = ("mean", "low", "high")
+NEAR = 2.0  # a point says something about KLs so many times larger or smaller
+SFT = "sft"  # the method that is no method: the model that all others start from
 KL_GRID = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # nats a sequence, at which curves are compared
 MEASURES = {  # name -> (dotted name in an evaluation's metrics, heading)
     "kl": ("kl", "KL, nats"),
@@ -32,11 +35,13 @@ MEASURES = {  # name -> (dotted name in an evaluation's metrics, heading)
     "win_rate_judge": ("win_rate.judge", "win rate (judge)"),
     "win_rate_gold_at_equal_length": ("win_rate_length_controlled.gold", "at equal length (gold)"),
     "win_rate_gold_over_data": ("win_rate_over_data.gold.policy", "win rate over the data (gold)"),
+    "win_rate_judge_over_data": ("win_rate_over_data.judge.policy", "win rate over the data (judge)"),
     "preference_accuracy": ("preference_accuracy", "preference accuracy"),
     "words": ("length.policy", "words"),
-    "distinct_2": ("distinct_2.policy", "distinct-2"),
+    "distinct_2": ("distinct_2", "distinct-2 over SFT's"),
     "data_perplexity": ("data_perplexity.policy", "perplexity of the data"),
 }
+SHARES = {name for name in MEASURES if name.startswith(("win_rate", "positive", "preference"))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
             f"{paths.evaluations}: none of the points of {paths.sweep} is evaluated; run them: python -m flows.frontier"
         )
     own = [one for one in every if one.temperature == _own_temperature(sweep)]
+    _check_reward(params.reward, own)
     labels = sweep["labels"]
     equal = at_equal_kl(own, params.reward)
     heading = MEASURES[params.reward][1]
@@ -96,6 +102,17 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     )
 
 
+def _check_reward(reward: str, own: Sequence[Setting]) -> None:
+    """Raises UserError where no evaluation holds what the figure is to show."""
+    present = [name for name in ("gold_reward", "positive_share", "reward") if any(name in one.found for one in own)]
+    if reward not in present:
+        raise UserError(
+            f"frontier.reward is {reward!r}, and the evaluations hold {', '.join(present) or 'no score at all'} "
+            "(evaluate.gold may be null, or a judge compares and does not score); "
+            + ("set it to one of these" if present else "name a judge that scores answers in evaluate.judge or gold")
+        )
+
+
 def settings(sweep: Mapping[str, Any], evaluations: Path) -> tuple[list[Setting], list[str]]:
     """Every setting of the sweep in its order, seeds together; and the names of points without an evaluation."""
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
@@ -114,23 +131,34 @@ def _setting(method: str, value: float | None, temperature: float, reports: Sequ
     for name, (dotted, _) in MEASURES.items():
         values = [estimate for report in reports if (estimate := _estimate(report, dotted)) is not None]
         if len(values) == len(reports):
-            found[name] = over_seeds(values)
+            one = over_seeds(values)
+            found[name] = clipped(one) if name in SHARES else one
     return Setting(method=method, value=value, temperature=temperature, seeds=len(reports), found=found)
+
+
+def clipped(share: Estimate) -> Estimate:
+    """A share is never below 0 or above 1, whatever a normal interval says."""
+    return Estimate(mean=share.mean, low=max(0.0, share.low), high=min(1.0, share.high))
 
 
 def _estimate(report: Mapping[str, Any], dotted: str) -> Estimate | None:
     value: Any = report
     for name in dotted.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
+    if dotted == "distinct_2" and value is not None:
+        # Both models' texts are cut to one length there, another one in each report: only the ratio is comparable.
+        value = value["policy"] / value["reference"] if value["reference"] else None
     if isinstance(value, Mapping):
         return Estimate(**{name: value[name] for name in ("mean", "low", "high")})
     return None if value is None else Estimate(mean=value, low=value, high=value)
 
 
 def at_equal_kl(every: Sequence[Setting], reward: str) -> dict[str, dict[float, Estimate]]:
-    """Each method's reward where it has spent KL_GRID nats, between its two nearest points on a straight line.
+    """Each method's reward where it has spent KL_GRID nats, between its two nearest points, linear in the root of KL.
 
-    A method's curve begins with the SFT model at KL 0. Nothing is said beyond its farthest point.
+    Reward grows about as that root, so a straight line in KL would call every method poor that has no point near by. A
+    method's curve begins with the SFT model at KL 0. Nothing is said beyond its farthest point, nor where none of its
+    own points is within a factor of two.
     """
     start = [one for one in every if one.method == SFT and reward in one.found]
     found = {}
@@ -145,28 +173,32 @@ def at_equal_kl(every: Sequence[Setting], reward: str) -> dict[str, dict[float, 
 
 def _between(curve: Sequence[Setting], kl: float, reward: str) -> Estimate | None:
     for left, right in itertools.pairwise(curve):
-        a, b = left.found["kl"].mean, right.found["kl"].mean
-        if a <= kl <= b and b > a:
-            share = (kl - a) / (b - a)
+        a, b = (max(0.0, one.found["kl"].mean) for one in (left, right))
+        if a <= kl <= b and b > a and any(other / NEAR <= kl <= other * NEAR for other in (a, b)):
+            share = (math.sqrt(kl) - math.sqrt(a)) / (math.sqrt(b) - math.sqrt(a))
             ends = left.found[reward], right.found[reward]
             return Estimate(**{n: (1 - share) * getattr(ends[0], n) + share * getattr(ends[1], n) for n in _ESTIMATE})
     return None
 
 
-_ESTIMATE = ("mean", "low", "high")
-
-
-def in_short(sweep: Mapping[str, Any], every: Sequence[Setting], reward: str) -> list[list[str]]:
-    """A head, and a row a setting, narrow enough for a terminal: what it cost and what it brought."""
-    names = ("kl", reward, "win_rate_gold", "words")
-    shown = [name for name in names if any(name in one.found for one in every)]
-    rows = [["method", "knob", *(MEASURES[name][1] for name in shown)]]
-    for one in every:
-        if one.temperature == _own_temperature(sweep):
-            knob = "" if one.value is None else f"{sweep['knobs'][one.method].partition('.')[2]} {one.value:g}"
-            cells = [_briefly(one.found.get(name)) for name in shown]
-            rows.append([sweep["labels"][one.method], knob, *cells])
-    return rows
+def in_short(sweep: Mapping[str, Any], every: Sequence[Setting], reward: str) -> str:
+    """A line a setting under its method's name, within 80 columns: what it cost, what it brought."""
+    wins = next((n for n in ("win_rate_gold", "win_rate_judge") if any(n in one.found for one in every)), "")
+    shown = [name for name in ("kl", reward, wins, "words") if any(name in one.found for one in every)]
+    own = [one for one in every if one.temperature == _own_temperature(sweep)]
+    rows = [("", ["", *(MEASURES[name][1] for name in shown)])]
+    for one in own:
+        knob = "" if one.value is None else f"{sweep['knobs'][one.method].rpartition('.')[2]} {one.value:g}"
+        rows.append((sweep["labels"][one.method], [knob, *(_briefly(one.found.get(name)) for name in shown)]))
+    widths = [max(len(cells[n]) for _, cells in rows) for n in range(len(shown) + 1)]
+    lines, last = [], ""
+    for label, cells in rows:
+        if label != last:
+            lines.append(f"  {label}")
+            last = label
+        knob, *values = cells
+        lines.append("    " + "  ".join([knob.ljust(widths[0]), *(v.rjust(w) for v, w in zip(values, widths[1:]))]))
+    return "\n".join(lines)
 
 
 def _own_temperature(sweep: Mapping[str, Any]) -> float:

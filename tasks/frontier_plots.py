@@ -34,16 +34,17 @@ def frontier(every: Sequence[Setting], labels: Mapping[str, str], reward: str, h
 
 def temperatures(every: Sequence[Setting], labels: Mapping[str, str], path: Path) -> None:
     """Win rate by gold over the sampling temperature: against the reference's answers, and against the data's own."""
+    who = "gold" if any("win_rate_gold" in one.found for one in every) else "judge"
     panels = (
-        ("win_rate_gold", "Against the SFT model at that temperature"),
-        ("win_rate_gold_over_data", "Against the data's own text"),
+        (f"win_rate_{who}", "Against the SFT model at that temperature"),
+        (f"win_rate_{who}_over_data", "Against the data's own text"),
     )
     several = [key for key, group in _by_setting(every).items() if len(group) > 1]
     shown = [(name, title) for name, title in panels if any(name in one.found for one in every)]
     with figure(path, "Win rate over the sampling temperature", columns=len(shown), height=4.6) as axes:
         for axis, (name, title) in zip(axes, shown):
             for number, key in enumerate(several):
-                if key[0] == SFT and name == "win_rate_gold":  # one half, against itself
+                if key[0] == SFT and name == f"win_rate_{who}":  # one half, against itself
                     continue
                 group = [one for one in _by_setting(every)[key] if name in one.found]
                 group.sort(key=lambda one: one.temperature)
@@ -51,7 +52,7 @@ def temperatures(every: Sequence[Setting], labels: Mapping[str, str], path: Path
                 value = "" if key[1] is None else f" ({key[1]:g})"
                 _line(axis, x, [one.found[name] for one in group], number, f"{labels[key[0]]}{value}")
             axis.axhline(0.5, color=GREY, linestyle=":")
-            axis.set(title=title, xlabel="temperature", ylabel="win rate (gold)", ylim=(0, 1))
+            axis.set(title=title, xlabel="temperature", ylabel=f"win rate ({who})", ylim=(0, 1))
             axis.legend(loc="best")
 
 
@@ -74,7 +75,7 @@ def _line(axis: Any, x: Sequence[Estimate], y: Sequence[Estimate], number: int, 
         xerr=around(x),
         yerr=around(y),
         color=COLOURS[number % len(COLOURS)],
-        marker=MARKERS[number % len(MARKERS)],
+        marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
         linewidth=1.5,
         elinewidth=0.8,
         label=label,

@@ -57,8 +57,8 @@ def likelihoods(
 def kl(policy: Likelihoods, reference: Likelihoods, *, best_of: int) -> dict[str, Any]:
     """KL(π‖π_ref) a sequence, nats: mean of log π − log π_ref over answers drawn from the policy.
 
-    Of the best of N answers the policy's own KL is at most log N − (N − 1)/N more, with equality where no two answers
-    tie (Beirami et al. 2024, https://arxiv.org/abs/2401.01879): that much is added.
+    Choosing the best of N draws has itself a KL to drawing one of at most log N − (N − 1)/N, with equality where no two
+    answers tie (Beirami et al. 2024, https://arxiv.org/abs/2401.01879): that much is added to the chosen ones' mean.
     """
     from rankwise.evaluation import mean
 

@@ -85,7 +85,7 @@ def _split(paths: Paths) -> tuple[list[Row], list[Row], Path]:
     test = [row for row in rows if row.meta.get("split") == "held_out"]
     if not test:
         test_table = paths.labelled_test
-        test = read_rows(test_table)
+        test = [] if test_table == paths.labelled else read_rows(test_table)
     for found, table in ((training, paths.labelled), (test, test_table)):
         if not found:
             raise UserError(

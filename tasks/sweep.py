@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,20 +22,23 @@ from typing import Any
 
 import yaml
 
+from rankwise.fingerprint import digest
 from rankwise.rows import write_aside
 from rankwise.types import UserError
 from tasks import rounds
+from tasks.frontier import SFT
 from tasks.judges import JudgeParams
 from tasks.params import build, merged, param, read_yaml
 
 FOLDER = Path("sweeps")
 FILE = FOLDER / "params.yaml"
 DEFAULT = Path("recipes/sweeps/frontier.yaml")
-SFT = "sft"  # the method that is no method: the model that all others start from
 HEAD = """\
 # The points of a sweep, which sweeps/dvc.yaml unrolls. `python -m tasks.sweep FILE` writes this file, from
 # {source}; parameters here stand over those of the project's params.yaml.
 """
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # of what becomes a folder and a key of DVC's
+JUDGE = "judge"  # the reward that is the judge itself
 KINDS = ("data", "rewards", "policies", "gradients", "evaluations")
 
 
@@ -62,6 +66,7 @@ class Sweep:
     """A sweep file."""
 
     name: str = param("", "folder of its results below sweeps/")
+    needs: dict[str, dict[str, Any]] = param(dict, "parameters that params.yaml has to have: those of its recipe")
     seeds: list[int] = param(list, "seeds of training and of the answers that are evaluated")
     data: dict[str, dict[str, Any]] = param(dict, "parameters of stage preferences for each set of rankings")
     rewards: dict[str, str] = param(dict, "reward models, each by the set of rankings that it is fitted to")
@@ -75,7 +80,9 @@ def apply(source: Path, *, file: Path = FILE, params: Path = Path("params.yaml")
 
     Raises UserError on a key, value or name that nothing knows; the file is then left as it was.
     """
-    document = points(_read(source), where=str(source), judge=_judge(params))
+    sweep = _read(source)
+    _check_needs(sweep, params, source)
+    document = points(sweep, where=str(source), judge=_judge(params))
     _check_parameters(document, params)
     text = HEAD.format(source=source) + "\n" + yaml.safe_dump(document, sort_keys=False, width=10**6)
     write_aside(file, lambda aside: aside.write_text(text, encoding="utf-8"))
@@ -93,7 +100,7 @@ def points(sweep: Sweep, *, where: str, judge: Mapping[str, Any]) -> dict[str, A
         "sweep": sweep.name,
         "labels": {SFT: "SFT"} | {name: method.label or name for name, method in methods.items()},
         "knobs": {name: next(iter(method.vary), "") for name, method in methods.items()},
-        "data": {name: {"preferences": over} for name, over in sweep.data.items()},
+        "data": {name: {"rows": name, "preferences": over} for name, over in sweep.data.items()},
         "rewards": {name: {"data": data, "reward_model": {"enabled": True}} for name, data in sweep.rewards.items()},
         "policies": {},
         "gradients": {},
@@ -103,15 +110,27 @@ def points(sweep: Sweep, *, where: str, judge: Mapping[str, Any]) -> dict[str, A
     for name, method in methods.items():
         for value, seed, over in _settings(sweep, method):
             key, facts = key_of(name, value, seed), {"method": name, "value": value, "seed": seed}
+            if key in document["evaluations"]:
+                raise UserError(f"{where}: two points would be called {key!r}; rename a method, or round its values")
             if method.data:
                 trained = {"dpo": {**over.get("dpo", {}), "seed": seed}}
                 document["policies"][key] = {**facts, "data": method.data, **trained}
             elif method.reward:
                 document["gradients"][key] = {**facts, **_climbed(sweep, method, over, judge, seed)}
             document["evaluations"][key] = {**facts, **_places(sweep, method, key), **_evaluate(over, seed)}
-            if sweep.temperatures.of.get(name) == value:
+            if sweep.temperatures.of.get(name) == value and value is not None:
                 document["evaluations"] |= _at_temperatures(sweep, key, document["evaluations"][key])
+    _refuse_twins(document["policies"], where)
     return document
+
+
+def _refuse_twins(policies: Mapping[str, Mapping[str, Any]], where: str) -> None:
+    """Raise UserError where two points would train the very same policy, and write one checkpoint at once."""
+    known: dict[str, str] = {}
+    for key, point in policies.items():
+        first = known.setdefault(digest(point["data"], point["dpo"]), key)
+        if first != key:
+            raise UserError(f"{where}: {first} and {key} would train the same policy; leave one of them out")
 
 
 def key_of(method: str, value: float | None, seed: int) -> str:
@@ -125,7 +144,32 @@ def _read(source: Path) -> Sweep:
     for name in ("name", "seeds", "methods"):
         if not getattr(sweep, name):
             raise UserError(f"{source}: {name} is missing or empty; a sweep needs a name, seeds and methods")
+    for kind, names in {
+        "name": [sweep.name],
+        **{k: list(getattr(sweep, k)) for k in ("data", "rewards", "methods")},
+    }.items():
+        for name in names:
+            if not NAME.fullmatch(name) or name in (SFT, JUDGE):
+                raise UserError(
+                    f"{source}: {kind}: {name!r} cannot be a name; letters, digits, - and _ can, and {SFT!r} and "
+                    f"{JUDGE!r} mean something already"
+                )
+    if len(set(sweep.seeds)) < len(sweep.seeds):
+        raise UserError(f"{source}: seeds {sweep.seeds}: one stands twice, and would be one point")
     return sweep
+
+
+def _check_needs(sweep: Sweep, params: Path, source: Path) -> None:
+    """Raise UserError where params.yaml is not what a sweep's labels speak of."""
+    given = read_yaml(params)
+    for section, values in sweep.needs.items():
+        for name, value in values.items():
+            found = (given.get(section) or {}).get(name)
+            if found != value:
+                raise UserError(
+                    f"{params}: {section}.{name} is {found!r}, and {source} is about {value!r}: apply the recipe that "
+                    "its head names, or set the parameter"
+                )
 
 
 def _methods(sweep: Sweep, where: str) -> dict[str, Method]:
@@ -134,6 +178,7 @@ def _methods(sweep: Sweep, where: str) -> dict[str, Method]:
     for name, given in sweep.methods.items():
         at = f"{where}: methods.{name}"
         method = found[name] = build(Method, merged(Method(), given), where=at)
+        _check_own(method.over, f"{at}.over")
         if len(method.vary) > 1 or not all(method.vary.values()):
             raise UserError(f"{at}.vary: one parameter and its values were expected, found {method.vary!r}")
         if method.data and method.reward:
@@ -141,10 +186,11 @@ def _methods(sweep: Sweep, where: str) -> dict[str, Method]:
         _check_sections({*method.over, *(knob.partition(".")[0] for knob in method.vary)}, _stages(method), at)
         for kind, chosen, known in (
             ("data", method.data, sweep.data),
-            ("reward", method.reward, [*sweep.rewards, "judge"]),
+            ("reward", method.reward, [*sweep.rewards, JUDGE]),
         ):
             if chosen and chosen not in known:
                 raise UserError(f"{at}.{kind}: {chosen!r} is none of the sweep's ({', '.join(known)})")
+    _check_own(sweep.over, f"{where}: over")
     _check_sections(sweep.over, ["dpo", "policy_gradient", "evaluate"], f"{where}: over")
     for name, data in sweep.rewards.items():
         if data not in sweep.data:
@@ -159,6 +205,15 @@ def _methods(sweep: Sweep, where: str) -> dict[str, Method]:
 def _stages(method: Method) -> list[str]:
     """The stages that a point of a method runs."""
     return [*(["dpo"] if method.data else ["policy_gradient"] if method.reward else []), "evaluate"]
+
+
+def _check_own(over: Mapping[str, Mapping[str, Any]], where: str) -> None:
+    """Raise UserError for what a sweep sets itself."""
+    for section, values in over.items():
+        if "seed" in values:
+            raise UserError(f"{where}.{section}.seed: seeds are those of the sweep (seeds: [0, 1, 2])")
+    if "temperature" in over.get("evaluate", {}):
+        raise UserError(f"{where}.evaluate.temperature: points are drawn at 1; others are told by temperatures")
 
 
 def _check_sections(sections: Iterable[str], stages: Sequence[str], where: str) -> None:
@@ -193,7 +248,13 @@ def _climbed(
     if method.reward in sweep.rewards:
         fitted = {"kind": "reward_model", "model": "trained"}
         return {"model": _below(sweep, "rewards", method.reward), "policy_gradient": {"judge": fitted, **own}}
-    return {"model": "models/reward_model", "policy_gradient": {"judge": dict(judge), **own}}
+    climbed = {**judge, **own.get("judge", {})}
+    if climbed["kind"] not in ("reward_model", "callable"):
+        raise UserError(
+            f"reward: judge means verdicts.judge, whose kind is {climbed['kind']!r}: it compares answers, and a policy "
+            "gradient climbs a score; name one of the sweep's rewards instead"
+        )
+    return {"model": "models/reward_model", "policy_gradient": {**own, "judge": climbed}}
 
 
 def _judge(params: Path) -> dict[str, Any]:

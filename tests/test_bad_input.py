@@ -88,6 +88,16 @@ PARAMETERS = {  # what is done to params.yaml, the stage that is run, words of i
         "dpo",
         ("dpo.loss: one of 'plackett_luce', 'soft_plackett_luce', 'pairwise', 'ipo', 'likelihood' was expected",),
     ),
+    "unlikelihood in a loss without it": (
+        lambda p: p["dpo"].update(unlikelihood=0.1),
+        "dpo",
+        ("dpo.unlikelihood is 0.1, which has no part in dpo.loss 'plackett_luce'",),
+    ),
+    "smoothing in a loss without it": (
+        lambda p: p["dpo"].update(loss="ipo", label_smoothing=0.1),
+        "dpo",
+        ("dpo.label_smoothing is 0.1, which has no part in dpo.loss 'ipo'",),
+    ),
     "K = 1": (lambda p: p["rollouts"].update(k=1), "rollouts", ("rollouts.k is 1 and there is no teacher",)),
     "a stop of nothing": (lambda p: p["rollouts"].update(stop=[""]), "rollouts", ('stop: "" is in every text',)),
     "a teacher without a name": (

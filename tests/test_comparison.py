@@ -43,7 +43,6 @@ def test_the_best_of_n_is_what_the_judge_scores_highest_and_its_kl_the_closed_fo
     assert metrics["reward"]["policy"]["mean"] > plain["reward"]["policy"]["mean"]
     assert metrics["reward"]["reference"] == plain["reward"]["reference"], "one draw of the reference, as ever"
     # The draw that the reference answers with is no candidate: best of N would never lose against it.
-    assert metrics["win_rate"]["judge"]["mean"] < 1 or all(row.answers[0].seed != row.answers[1].seed for row in rows)
     assert all(row.answers[0].seed != row.answers[1].seed for row in rows)
 
 

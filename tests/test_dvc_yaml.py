@@ -13,7 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,7 @@ class Declared:
     deps: tuple[str, ...]
     writes: tuple[str, ...]  # outs, metrics and plots
     params: tuple[str, ...]  # "dpo", "dpo.beta"
+    points: dict = field(default_factory=dict)  # sweeps/params.yaml, for a stage of a sweep
 
     @property
     def module(self) -> str:
@@ -40,8 +41,10 @@ class Declared:
         return found[1] if found else ""
 
     def section(self, sections: dict) -> object:
-        """The stage's own section of params.yaml."""
-        return sections.get(self.module.rpartition(".")[2])
+        """The stage's own section of params.yaml; in a sweep, with what its point has over it."""
+        own = sections.get(self.module.rpartition(".")[2])
+        kind, _, key = next((p for p in self.params if p.partition(".")[0] in self.points), "").partition(".")
+        return [own, self.points[kind][key]] if kind else own
 
 
 def declared(root: Path) -> list[Declared]:
@@ -198,6 +201,9 @@ rewards: {fitted: rankings}
 methods:
   dpo: {data: rankings, vary: {dpo.beta: [0.1]}}
   rlhf: {reward: fitted, vary: {policy_gradient.beta: [0.1]}}
+  truth:
+    reward: judge
+    over: {policy_gradient: {judge: {kind: callable, function: "rankwise.corpus:ground_truth"}}}
 """
 
 
@@ -215,7 +221,12 @@ def stages(tmp_path_factory) -> list[Declared]:
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=root, check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)  # stages are called by their file, seen from here
-        found = [stage for stage in declared(root) if stage.module]
+        points = yaml.safe_load((root / "sweeps/params.yaml").read_text())
+        found = [
+            replace(stage, points={kind: points[kind] for kind in sweep.KINDS} if ":" in stage.name else {})
+            for stage in declared(root)
+            if stage.module
+        ]
     assert {stage.module for stage in found} > {"tasks.sft", "tasks.policy_gradient", "tasks.frontier"}
     return found
 

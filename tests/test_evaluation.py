@@ -126,10 +126,22 @@ def test_runs_that_agree_by_luck_are_not_surer_than_their_samples():
 
 
 def test_runs_that_differ_widen_the_interval():
-    """Means 0, 1, 2 known exactly: variance 1, standard error 1/√3."""
+    """Means 0, 1, 2 known exactly: variance 1, standard error 1/√3, and 4.303 is Student's t for two degrees."""
     found = over_seeds([Estimate(mean=m, low=m, high=m) for m in (0.0, 1.0, 2.0)])
     assert found.mean == pytest.approx(1.0)
-    assert found.high - found.mean == pytest.approx(1.959963984540054 / math.sqrt(3))
+    assert found.high - found.mean == pytest.approx(4.3027 / math.sqrt(3))
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5, 10])
+@pytest.mark.parametrize("within", [0.0, 0.5, 2.0])
+def test_intervals_over_runs_hold_the_truth_as_often_as_they_say(runs, within):
+    """Runs around 0 with spread 1, each with a sampling error of its own: at least 95 % of intervals hold 0."""
+    draw, held = np.random.default_rng(0), 0
+    for _ in range(2000):
+        means = draw.normal(0, 1, runs) + draw.normal(0, within, runs)
+        found = over_seeds([Estimate(mean=m, low=m - 1.96 * within, high=m + 1.96 * within) for m in means])
+        held += found.low <= 0 <= found.high
+    assert held / 2000 > 0.95 - 3 * math.sqrt(0.95 * 0.05 / 2000)
 
 
 def test_a_mean_of_no_runs_is_an_error():

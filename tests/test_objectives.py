@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from rankwise.learners import PreferenceSettings
 from rankwise.objectives import (
     implicit_rewards,
     ipo,
@@ -543,3 +544,15 @@ def test_unlikelihood_lowers_the_mean_of_the_worse():
     tied.sum().backward()
     assert tied.item() == pytest.approx(0.1 + 0.5 * 1.0)
     assert h.grad.flatten().tolist() == pytest.approx([-0.5, -0.5, 0.5])
+
+
+def test_the_likelihood_of_an_answer_is_a_sum_however_log_ratios_are_compared():
+    """dpo.length_normalised weighs log-ratios by length; E11 on the best answer has no such weight."""
+    policy, reference, tokens = row(-10.0, -50.0), row(-12.0, -45.0), torch.tensor([[10, 50]])
+    found = [
+        PreferenceSettings(beta=0.3, loss="likelihood", length_normalised=normalised).rewards(
+            policy, reference, tokens, full(policy)
+        )
+        for normalised in (False, True)
+    ]
+    assert torch.equal(*found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import subprocess
@@ -15,8 +16,10 @@ from clones import Repository
 
 from rankwise.evaluation import Estimate
 from rankwise.types import UserError
-from tasks import frontier, sweep
-from tasks.frontier import Setting, at_equal_kl, settings
+from tasks import frontier, recipe, sweep
+from tasks.frontier import Setting, at_equal_kl, in_short, settings
+from tasks.stage import Stage
+from tasks.tracking import Tracker
 
 ROOT = Path(__file__).parent.parent
 SWEEP = {
@@ -101,6 +104,16 @@ def test_no_name_holds_a_dot(apply):
         ({"seeds": []}, "seeds is missing or empty"),
         ({"rewards": {"fitted": "pears"}}, "'pears' is none of the sweep's data"),
         ({"metods": {}}, "did you mean 'methods'"),
+        ({"methods": {"sft": {"data": "pairs"}}}, "'sft' cannot be a name"),
+        ({"methods": {"a.b": {"data": "pairs"}}}, "'a.b' cannot be a name"),
+        ({"name": "../models"}, "'../models' cannot be a name"),
+        ({"seeds": [0, 0]}, "one stands twice"),
+        ({"methods": {"a": {"vary": {"evaluate.best_of": [1]}}, "a-1": {}}}, "two points would be called 'a-1-0'"),
+        ({"methods": {"a": {"data": "pairs", "vary": {"dpo.beta": [0.12345671, 0.12345672]}}}}, "two points would be"),
+        ({"methods": {"a": {"data": "pairs"}, "b": {"data": "pairs"}}}, "a-0 and b-0 would train the same policy"),
+        ({"over": {"dpo": {"seed": 9}}}, "seeds are those of the sweep"),
+        ({"over": {"evaluate": {"temperature": 0.5}}}, "others are told by temperatures"),
+        ({"needs": {"rollouts": {"k": 8}}}, "rollouts.k is 4"),
     ],
 )
 def test_a_mistake_in_a_sweep_file_is_named_and_changes_nothing(apply, tmp_path, changed, said):
@@ -112,9 +125,14 @@ def test_a_mistake_in_a_sweep_file_is_named_and_changes_nothing(apply, tmp_path,
     assert (tmp_path / "params.yaml").read_bytes() == before
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes/sweeps").glob("*.yaml")), ids=lambda path: path.name)
-def test_the_shipped_sweeps_are_sound(path, tmp_path):
-    found = sweep.apply(path, file=tmp_path / "params.yaml", params=ROOT / "params.yaml")
+RECIPES = {"frontier": None, "ranking": "pl-dpo-8", "imdb": "imdb"}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes/sweeps").glob("*.yaml")))
+def test_the_shipped_sweeps_are_sound_over_the_recipes_that_they_name(name, tmp_path):
+    recipe.apply(ROOT / f"recipes/{RECIPES[name]}.yaml" if RECIPES[name] else None, tmp_path / "own.yaml")
+    file = ROOT / f"recipes/sweeps/{name}.yaml"
+    found = sweep.apply(file, file=tmp_path / "params.yaml", params=tmp_path / "own.yaml")
     assert len({point["method"] for point in found["evaluations"].values()}) > 3
 
 
@@ -154,11 +172,48 @@ def point(method: str, kl: float, reward: float) -> Setting:
 
 
 def test_curves_are_compared_where_they_have_spent_the_same_kl():
-    """From SFT (0, 1) over (2, 3) to (6, 4): 2 at 1 nat, 3 at 2, 3.5 at 4, and nothing is said beyond 6."""
-    found = at_equal_kl([point("a", 6, 4), point("sft", 0, 1), point("a", 2, 3), point("b", 1, 1)], "gold_reward")
-    assert {kl: one.mean for kl, one in found["a"].items()} == pytest.approx({0.5: 1.5, 1: 2, 2: 3, 4: 3.5})
+    """A reward that is 1 + √KL is met exactly; nothing is said beyond 9 nats, nor below half of the first point, 2."""
+    curve = [point("a", kl, 1 + math.sqrt(kl)) for kl in (9, 2)]
+    found = at_equal_kl([*curve, point("sft", 0, 1), point("b", 1, 1)], "gold_reward")
+    assert {kl: one.mean for kl, one in found["a"].items()} == pytest.approx(
+        {kl: 1 + math.sqrt(kl) for kl in (1, 2, 4, 8)}
+    )
     assert found["a"][1].low == pytest.approx(1.9)
     assert set(found["b"]) == {0.5, 1}
+
+
+def test_between_far_points_nothing_is_said():
+    """From 1 to 50 nats: 8 nats are more than twice the one and less than half of the other."""
+    found = at_equal_kl([point("sft", 0, 1), point("a", 1, 2), point("a", 50, 9)], "gold_reward")
+    assert set(found["a"]) == {0.5, 1, 2}
+
+
+def test_diversity_is_told_relative_to_the_reference_that_was_cut_alike(apply, tmp_path):
+    document = apply()
+    (tmp_path / "dpo-1-0").mkdir()
+    report = {**metrics(kl=1, reward=0.2), "distinct_2": {"policy": 0.3, "reference": 0.6}}
+    (tmp_path / "dpo-1-0/metrics.json").write_text(json.dumps(report))
+    [one] = settings(document, tmp_path)[0]
+    assert one.found["distinct_2"].mean == 0.5
+
+
+def test_the_end_table_fits_a_terminal(apply, tmp_path):
+    document = apply()
+    for number, key in enumerate(document["evaluations"]):
+        (tmp_path / key).mkdir()
+        (tmp_path / key / "metrics.json").write_text(json.dumps(metrics(kl=number, reward=-0.234567)))
+    shown = in_short(document, settings(document, tmp_path)[0], "gold_reward")
+    assert max(map(len, shown.splitlines())) <= 80 and "DPO" in shown and "beta 0.1" in shown
+
+
+def test_without_a_scorer_the_figure_says_what_is_missing(apply, tmp_path):
+    document = apply()
+    (tmp_path / "dpo-1-0").mkdir()
+    (tmp_path / "dpo-1-0/metrics.json").write_text(json.dumps({"kl": {"mean": 1, "low": 1, "high": 1}}))
+    paths = frontier.Paths(sweep=tmp_path / "params.yaml", evaluations=tmp_path, report=tmp_path / "report")
+    with pytest.raises(UserError, match="no score at all"):
+        frontier.run(frontier.Params(), paths, Stage("frontier", tracker=Tracker(), report=paths.report))
+    assert document["figures"] == {"small": {}}
 
 
 # Through DVC and Prefect
@@ -232,11 +287,11 @@ def test_one_more_value_costs_its_own_points(swept):
 
 @pytest.mark.slow
 def test_a_point_that_fails_stops_what_follows_from_it_and_nothing_else(swept):
-    """Everything about α = 1e30 is finite but its gradient."""
+    """At a rate of 1e38 pl's policy is no number; what it was evaluated as before is not drawn in its place."""
     repository, _ = swept
-    broken = {"data": "rankings", "over": {"dpo": {"loss": "likelihood"}}, "vary": {"dpo.unlikelihood": [1e38]}}
+    broken = {**SWEEP["methods"]["pl"], "over": {"dpo": {"learning_rate": 1e38}}}
     (repository.root / "sweep.yaml").write_text(
-        yaml.safe_dump({**SWEEP, "methods": {**SWEEP["methods"], "broken": broken}})
+        yaml.safe_dump({**SWEEP, "seeds": [0], "methods": {**SWEEP["methods"], "pl": broken}})
     )
     done = subprocess.run(
         [sys.executable, "-m", "flows.frontier", "sweep.yaml"],
@@ -245,8 +300,10 @@ def test_a_point_that_fails_stops_what_follows_from_it_and_nothing_else(swept):
         capture_output=True,
         text=True,
     )
-    assert done.returncode != 0 and "2 of" in done.stderr and "Traceback" not in done.stdout + done.stderr
-    assert json.loads((repository.root / "sweeps/small/frontier/metrics.json").read_text())["missing"] == 2
+    assert done.returncode != 0 and "1 of" in done.stderr and "Traceback" not in done.stdout + done.stderr
+    report = repository.root / "sweeps/small/frontier"
+    assert json.loads((report / "metrics.json").read_text())["missing"] == 1
+    assert "Without an evaluation: pl-0_3-0" in (report / "frontier.md").read_text()
 
 
 def test_a_stage_takes_parameters_of_a_point_over_its_own(tmp_path):
@@ -261,4 +318,3 @@ def test_a_stage_takes_parameters_of_a_point_over_its_own(tmp_path):
         read_entry(f"{tmp_path}/points.yaml:policies.aa")
     with pytest.raises(UserError, match="FILE:ENTRY"):
         read_entry("points.yaml")
-    assert frontier.SFT == sweep.SFT
