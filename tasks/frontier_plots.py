@@ -43,13 +43,15 @@ def temperatures(every: Sequence[Setting], labels: Mapping[str, str], path: Path
     shown = [(name, title) for name, title in panels if any(name in one.found for one in every)]
     with figure(path, "Win rate over the sampling temperature", columns=len(shown), height=4.6) as axes:
         for axis, (name, title) in zip(axes, shown):
-            for number, key in enumerate(several):
+            for key in several:
                 if key[0] == SFT and name == f"win_rate_{who}":  # one half, against itself
                     continue
                 group = [one for one in _by_setting(every)[key] if name in one.found]
                 group.sort(key=lambda one: one.temperature)
                 x = [Estimate(mean=one.temperature, low=one.temperature, high=one.temperature) for one in group]
                 value = "" if key[1] is None else f" ({key[1]:g})"
+                # The colours of the other figure, SFT behind all of them.
+                number = [*_methods(every), SFT].index(key[0])
                 _line(axis, x, [one.found[name] for one in group], number, f"{labels[key[0]]}{value}")
             axis.axhline(0.5, color=GREY, linestyle=":")
             axis.set(title=title, xlabel="temperature", ylabel=f"win rate ({who})", ylim=(0, 1))
@@ -75,6 +77,7 @@ def _line(axis: Any, x: Sequence[Estimate], y: Sequence[Estimate], number: int, 
         xerr=around(x),
         yerr=around(y),
         color=COLOURS[number % len(COLOURS)],
+        ecolor=(COLOURS[number % len(COLOURS)], 0.45),  # wide intervals of few seeds must not hide the curves
         marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
         linewidth=1.5,
         elinewidth=0.8,
