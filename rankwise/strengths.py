@@ -42,7 +42,7 @@ class Strengths:
     @property
     def errors_M(self) -> np.ndarray:
         """Standard error of each strength, that is of its distance from the mean of all, nats."""
-        return np.sqrt(np.diag(self.covariance_MM))
+        return np.sqrt(np.maximum(np.diag(self.covariance_MM), 0.0))  # rounding may leave less than nothing
 
     def gap_error(self, i: int, j: int) -> float:
         """Standard error of s_i − s_j, nats: what a comparison of the two rests on."""
