@@ -92,7 +92,7 @@ def test_evaluation_has_the_documented_numbers(done):
     assert set(metrics) == {
         *("prompts", "win_rate", "reward", "gold_reward", "positive_share", "kl", "length", "distinct_1"),
         *("distinct_2", "cut_share", "objective_e1", "judge_agrees_with_gold", "preference_accuracy", "start_loss"),
-        "win_rate_length_controlled",
+        *("win_rate_length_controlled", "data_perplexity"),
     }
     estimate = {"mean", "low", "high"}
     assert set(metrics["win_rate"]) == {"judge", "gold"} and set(metrics["win_rate"]["gold"]) == estimate
