@@ -3,11 +3,13 @@
     python -m flows.align                        # every stage that is not up to date, ends with a table
     python -m flows.align --target dpo           # up to a stage
     python -m flows.align --recipe recipes/hh.yaml --data /path/to/hh
+    python -m flows.align --set dpo.beta=0.3     # with another value in params.yaml
     python -m flows.align --force evaluate       # run a stage again although nothing changed
 
 DVC decides what is stale, so this and a bare `dvc repro` leave the same dvc.lock; Prefect shows, logs, retries
-and cancels. Stages run one after another: they share one machine's memory and accelerator. Exit status: 0 done,
-2 a mistake of the user's, 130 or 143 stopped by ctrl-C or SIGTERM, 1 anything else.
+and cancels. Stages run one after another: they share one machine's memory and accelerator. As a deployment
+(prefect.yaml) it works in a checkout of its own and publishes what it made. Exit status: 0 done, 2 a mistake of the
+user's, 130 or 143 stopped by ctrl-C or SIGTERM, 1 anything else.
 """
 
 from __future__ import annotations
@@ -15,57 +17,67 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
 from prefect.states import Completed, Failed, State
+from pydantic import Field
 
 from flows import graph, keys, summary
 from flows.command import Command
-from flows.stages import MISTAKE, NAMES, Going, StageFailed, going, leave_artifact, only_run, run_stage
+from flows.git import git
+from flows.publish import give_away
+from flows.stages import MISTAKE, NAMES, StageFailed, begin, going, leave_artifact, only_run, run_stage
 from flows.summary import Outcome
 from rankwise.types import UserError
+from tasks import recipe as recipes
 from tasks.params import read_yaml
+from tasks.register import failed_gates
 from tasks.rounds import check
+
+# What a deployment's form offers.
+Target = Annotated[str | None, Field(json_schema_extra={"enum": [None, *recipes.STAGES]})]
 
 
 def _run_name() -> str:
     from prefect.runtime import flow_run
 
     given = flow_run.parameters
-    commit = _git("rev-parse", "--short", "HEAD").stdout.strip() or "no commit"
-    unchanged = _git("diff", "--quiet", "HEAD", "--", "params.yaml").returncode == 0
+    commit = git("rev-parse", "--short", "HEAD", check=False).stdout.strip() or "no commit"
+    unchanged = git("diff", "--quiet", "HEAD", "--", "params.yaml", check=False).returncode == 0
     name = Path(given["recipe"]).stem if given.get("recipe") else "default" if unchanged else "changed params"
+    changed = f" with {', '.join(given['overrides'])}" if given.get("overrides") else ""
     target = f" up to {given['target']}" if given.get("target") else ""
-    return f"{name}{target} @ {commit}"
-
-
-def _git(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["git", *words], capture_output=True, text=True)
+    return f"{name}{changed}{target} @ {commit}"
 
 
 @flow(name="align", flow_run_name=_run_name, persist_result=False)
 def align(
-    target: str | None = None,
+    target: Target = None,
     recipe: str | None = None,
+    overrides: list[str] | None = None,
     data: list[str] | None = None,
     force: list[str] | None = None,
+    stage_hours: float | None = None,
+    revision: str | None = None,
 ) -> State:
     """From prompts to an evaluated, registered model: every stage of dvc.yaml that is not up to date.
 
     Args:
-        target: run up to this stage only
-        recipe: a params file to use instead of the present params.yaml
-        data: files or folders that the recipe reads
+        target: run up to this stage only; none: all stages
+        recipe: a file of recipes/ to use instead of params.yaml as it is, such as recipes/spin.yaml
+        overrides: values that stand over those, such as dpo.beta=0.3
+        data: files or folders of the worker's machine that the recipe reads
         force: stages to run although nothing changed
+        stage_hours: stop a stage that takes longer; it leaves a checkpoint, from which a new run goes on
+        revision: a branch, tag or commit to run (deployments alone); none: the tip of the branch it was deployed from
     """
-    going.set(Going())
-    given = {"target": target, "recipe": recipe, "data": data, "force": force}
+    given = {"target": target, "recipe": recipe, "overrides": overrides, "data": data, "force": force}
     try:
+        begin(stage_hours=stage_hours, revision=revision)
         with only_run():
             nodes = prepare(**given)
             going.get().environment = keys.from_secrets(os.environ)
@@ -75,30 +87,40 @@ def align(
         return Failed(name=MISTAKE, message=str(error))
     except StageFailed as failure:
         _leave_summary(failure.outcomes)
+        give_away(_title(failure.outcomes))
         name = NAMES.get(failure.stage.status, "Failed")
         return Failed(name=name, message=str(failure), data=[asdict(outcome) for outcome in failure.outcomes])
     _leave_summary(outcomes)
-    return Completed(message=summary.counts(outcomes), data=[asdict(outcome) for outcome in outcomes])
+    _tell_of_gates(outcomes)
+    data = [asdict(outcome) for outcome in outcomes]
+    if failed := give_away(_title(outcomes)):
+        return Failed(name="Unpublished", message=f"every stage is done, but {failed}", data=data)
+    return Completed(message=summary.counts(outcomes), data=data)
 
 
 def prepare(
-    target: str | None, recipe: str | None, data: list[str] | None, force: list[str] | None
+    target: str | None = None,
+    recipe: str | None = None,
+    overrides: list[str] | None = None,
+    data: list[str] | None = None,
+    force: list[str] | None = None,
 ) -> list[graph.Node]:
     """Put a recipe in place, if one is named, and plan the stages; doing it twice is the same as once."""
-    if recipe or data:
-        try:
-            from tasks.recipe import apply, link_sources
-        except ImportError:
-            raise UserError("--recipe and --data need tasks/recipe.py, which this checkout lacks") from None
-        if data:
-            link_sources([Path(path) for path in data])
-        if recipe:
-            apply(Path(recipe))
-    if (params := Path("params.yaml")).exists():
-        check(read_yaml(params), str(params))
+    put_in_place(recipe, overrides, data)
     nodes = graph.plan(target)
     graph.check_known(force or [], nodes)
     return nodes
+
+
+def put_in_place(recipe: str | None, overrides: list[str] | None, data: list[str] | None) -> None:
+    """params.yaml as it was asked for, and the data that it reads."""
+    params = Path("params.yaml")
+    if data:
+        recipes.link_sources([Path(path) for path in data])
+    if recipe or overrides:
+        recipes.apply(Path(recipe) if recipe else params, overrides=overrides or ())
+    if params.exists():
+        check(read_yaml(params), str(params))
 
 
 def run_in_order(nodes: list[graph.Node], force: list[str]) -> list[Outcome]:
@@ -108,7 +130,8 @@ def run_in_order(nodes: list[graph.Node], force: list[str]) -> list[Outcome]:
     for node in nodes:
         upstream = [states[name] for name in node.upstream if name in states]
         one = run_stage.with_options(name=node.name)
-        state = one(node.name, graph.matches(force, node.name), wait_for=upstream, return_state=True)
+        forced = graph.matches(force, node.name)
+        state = one(node.name, forced, node.accelerated, wait_for=upstream, return_state=True)
         states[node.name] = state
         # Without an outcome the task itself broke: a defect here, or a server that went away.
         broke = Outcome(stage=node.name, state="failed", note=state.message or state.name, status=1)
@@ -124,19 +147,38 @@ def _leave_summary(outcomes: list[Outcome]) -> None:
     result = summary.headline_markdown() if whole else ""  # after a failure it is that of an earlier run
     text = "\n\n".join(part for part in (result, summary.stages_markdown(outcomes)) if part)
     leave_artifact("summary", text, f"the run at a glance: {summary.counts(outcomes)}")
-    _name_by_result(summary.in_short(outcomes))
+    _name_by_result(_title(outcomes))
 
 
-def _name_by_result(result: str) -> None:
+def _title(outcomes: list[Outcome]) -> str:
+    return f"{_run_name()}: {summary.in_short(outcomes)}"
+
+
+def _name_by_result(title: str) -> None:
     """Add the result to the run's name, which is what a list of runs and the head of a run's page show."""
     from prefect.client.orchestration import get_client
     from prefect.runtime import flow_run
 
     try:
         with get_client(sync_client=True) as client:
-            client.update_flow_run(flow_run.id, name=f"{_run_name()}: {result}")
+            client.update_flow_run(flow_run.id, name=title)
     except Exception as error:  # a name is not worth a run
         get_run_logger().warning("the run keeps its first name: %s", error)
+
+
+def _tell_of_gates(outcomes: list[Outcome]) -> None:
+    """An event for automations, where the policy that was just registered failed a gate."""
+    if not any(outcome.stage == "register" and outcome.state == "ran" for outcome in outcomes):
+        return
+    from prefect.events import emit_event
+    from prefect.runtime import flow_run
+
+    if failed := failed_gates():
+        emit_event(
+            "rankwise.gates.failed",
+            resource={"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.name": flow_run.name},
+            payload={"gates": failed},
+        )
 
 
 @contextlib.contextmanager
@@ -158,8 +200,16 @@ def _tracked(given: dict[str, Any], nodes: list[graph.Node]) -> Iterator[None]:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", metavar="STAGE", help="run up to this stage (default: all stages)")
     parser.add_argument("--recipe", metavar="FILE", help="a params file to use instead of the present params.yaml")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        action="append",
+        help="a value that stands over those of params.yaml or the recipe: --set dpo.beta=0.3",
+    )
     parser.add_argument("--data", metavar="PATH", nargs="+", help="files or folders that the recipe reads")
     parser.add_argument("--force", metavar="STAGE", action="append", help="run this stage although nothing changed")
+    parser.add_argument("--stage-hours", metavar="HOURS", type=float, help="stop a stage that takes longer")
 
 
 if __name__ == "__main__":

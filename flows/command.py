@@ -49,7 +49,7 @@ class Command:
         record = given.pop("record")
         try:
             with only_run():  # nothing is put in place under a run that is going on
-                nodes = self.prepare(**given)
+                nodes = self.prepare(**{name: value for name, value in given.items() if name != "stage_hours"})
             return self._run(given, nodes, again, record=record)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -25,9 +25,10 @@ from prefect import flow
 from prefect.states import Completed, Failed, State
 
 from flows import graph, keys, process, summary
-from flows.align import run_in_order
+from flows.align import put_in_place, run_in_order
 from flows.command import Command
-from flows.stages import MISTAKE, Going, StageFailed, going, leave_artifact, only_run, run_stage
+from flows.publish import give_away
+from flows.stages import MISTAKE, StageFailed, begin, going, leave_artifact, only_run, run_stage
 from flows.summary import Outcome
 from rankwise.types import UserError
 from tasks import sweep as sweeps
@@ -41,17 +42,28 @@ LOOK_EVERY_S = 0.5  # seconds between two looks at points that are under way; ct
 
 
 @flow(name="frontier", flow_run_name="{sweep}", persist_result=False)
-def frontier(sweep: str = str(sweeps.DEFAULT), jobs: int = 1) -> State:
+def frontier(
+    sweep: str = str(sweeps.DEFAULT),
+    jobs: int = 1,
+    recipe: str | None = None,
+    data: list[str] | None = None,
+    stage_hours: float | None = None,
+    revision: str | None = None,
+) -> State:
     """Every point of a sweep that is not up to date, and the figure.
 
     Args:
         sweep: a file of recipes/sweeps
         jobs: points that run at the same time
+        recipe: a file of recipes/ to use instead of params.yaml as it is
+        data: files or folders of the worker's machine that the recipe reads
+        stage_hours: stop a stage that takes longer; it leaves a checkpoint, from which a new run goes on
+        revision: a branch, tag or commit to run (deployments alone); none: the tip of the branch it was deployed from
     """
-    going.set(Going())
     try:
+        begin(stage_hours=stage_hours, revision=revision)
         with only_run():
-            nodes = prepare(sweep=sweep, jobs=jobs)
+            nodes = prepare(sweep=sweep, jobs=jobs, recipe=recipe, data=data)
             going.get().environment = keys.from_secrets(os.environ)
             with pipeline_run(f"sweep {Path(sweep).stem}", {"sweep": sweep}) as tracker:
                 outcomes = _run(nodes, jobs)
@@ -59,19 +71,24 @@ def frontier(sweep: str = str(sweeps.DEFAULT), jobs: int = 1) -> State:
     except UserError as error:
         return Failed(name=MISTAKE, message=str(error))
     except StageFailed as failure:
+        give_away(f"sweep {Path(sweep).stem}: {failure}")
         return Failed(message=str(failure), data=[asdict(outcome) for outcome in failure.outcomes])
     leave_artifact("frontier", _table() or summary.stages_markdown(outcomes), summary.counts(outcomes))
+    left = [asdict(outcome) for outcome in outcomes]
+    unpublished = give_away(f"sweep {Path(sweep).stem}: {summary.counts(outcomes)}")
     failed = [outcome.stage for outcome in outcomes if outcome.state == "failed"]
     if failed:
-        message = f"{len(failed)} of {len(outcomes)} stages failed: {', '.join(failed[:5])}"
-        return Failed(message=message, data=[asdict(outcome) for outcome in outcomes])
-    return Completed(message=summary.counts(outcomes), data=[asdict(outcome) for outcome in outcomes])
+        return Failed(message=f"{len(failed)} of {len(outcomes)} stages failed: {', '.join(failed[:5])}", data=left)
+    if unpublished:
+        return Failed(name="Unpublished", message=f"every stage is done, but {unpublished}", data=left)
+    return Completed(message=summary.counts(outcomes), data=left)
 
 
-def prepare(sweep: str, jobs: int) -> list[graph.Node]:
+def prepare(sweep: str, jobs: int, recipe: str | None = None, data: list[str] | None = None) -> list[graph.Node]:
     """Write sweeps/params.yaml for the sweep file, and plan its stages; doing it twice is the same as once."""
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: at least 1 was expected")
+    put_in_place(recipe, None, data)
     sweeps.apply(Path(sweep))
     return graph.plan(file=FILE)
 
@@ -140,7 +157,8 @@ def _threads(jobs: int) -> Iterator:
         short = node.name.rpartition(":")[2]
         one = run_stage.with_options(name=short, task_run_name=short)
         before = [states[name] for name in _before(node, states)]
-        return pool.submit(copy_context().run, one, node.name, wait_for=before, return_state=True)
+        work = {"accelerated": node.accelerated, "wait_for": before, "return_state": True}
+        return pool.submit(copy_context().run, one, node.name, **work)
 
     try:
         yield start
@@ -193,6 +211,9 @@ def _show(outcomes: list[Outcome], *, prefect: str) -> None:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", nargs="?", default=str(sweeps.DEFAULT), metavar="FILE", help="a sweep (%(default)s)")
+    parser.add_argument("--recipe", metavar="FILE", help="a params file to use instead of the present params.yaml")
+    parser.add_argument("--data", metavar="PATH", nargs="+", help="files or folders that the recipe reads")
+    parser.add_argument("--stage-hours", metavar="HOURS", type=float, help="stop a stage that takes longer")
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="points that run at the same time (%(default)s)"
     )

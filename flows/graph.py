@@ -42,6 +42,7 @@ class Node:
     # as `dvc repro` takes it: "dpo", "dpo@2" (a round), "data/x.csv.dvc" (an added file), "sweeps/dvc.yaml:dpo@x"
     name: str
     upstream: tuple[str, ...]  # the stages whose outputs it reads, sorted
+    accelerated: bool = False  # `meta: {accelerated: true}` in dvc.yaml: it uses a GPU where there is one
 
 
 def plan(target: str | None = None, *, file: str = ROOT) -> list[Node]:
@@ -65,7 +66,11 @@ def plan(target: str | None = None, *, file: str = ROOT) -> list[Node]:
 
         steps = plan_repro(get_active_graph(graph), ends)
         return [
-            Node(name=stage.addressing, upstream=tuple(sorted(up.addressing for up in graph.successors(stage))))
+            Node(
+                name=stage.addressing,
+                upstream=tuple(sorted(up.addressing for up in graph.successors(stage))),
+                accelerated=bool((stage.meta or {}).get("accelerated")),
+            )
             for stage in steps
         ]
 

@@ -7,6 +7,7 @@ is killed outright, the kernel sends the child SIGTERM (Linux).
 
 import codecs
 import contextlib
+import math
 import os
 import selectors
 import signal
@@ -28,12 +29,23 @@ class Stopped(Exception):
     """The child was told to stop, because `stopping` was set."""
 
 
-def run(command: list[str], on_line: Callable[[str], None], *, env: dict[str, str] | None = None) -> int:
+class TookTooLong(Exception):
+    """The child was told to stop, because its time was over."""
+
+
+def run(
+    command: list[str],
+    on_line: Callable[[str], None],
+    *,
+    env: dict[str, str] | None = None,
+    limit_s: float | None = None,
+) -> int:
     """Run a command to its end, passing each line of its output on as it comes; returns its exit status.
 
     A negative status is the signal that killed it. When this returns or raises, no process of the group is
-    left. Raises Stopped where `stopping` is set. The kernel ties the parent-death signal to the calling thread, which
-    waits here; it ends with this process.
+    left. Raises Stopped where `stopping` is set, TookTooLong after limit_s seconds; both leave it time for a
+    checkpoint. The kernel ties the parent-death signal to the calling thread, which waits here; it ends with this
+    process.
     """
     if stopping.is_set():
         raise Stopped
@@ -46,14 +58,18 @@ def run(command: list[str], on_line: Callable[[str], None], *, env: dict[str, st
         env=env,
     )
     assert child.stdout is not None
+    limit = math.inf if limit_s is None else time.monotonic() + limit_s
     try:
-        for line in _lines(child):
+        for line in _lines(child, limit=limit):
             on_line(line)
         if stopping.is_set():
             raise Stopped
+        if time.monotonic() > limit and child.poll() is None:
+            raise TookTooLong
         return child.wait()
-    except BaseException:
-        stopping.set()
+    except BaseException as reason:
+        if not isinstance(reason, TookTooLong):  # that is this child's affair alone
+            stopping.set()
         _stop(child, on_line)
         raise
     finally:
@@ -81,11 +97,12 @@ def _stop(child: subprocess.Popen, on_line: Callable[[str], None]) -> None:
         pass
 
 
-def _lines(child: subprocess.Popen, deadline: float | None = None) -> Iterator[str]:
-    """Lines until every process that can write to the pipe is gone, or until the deadline (monotonic seconds).
+def _lines(child: subprocess.Popen, *, limit: float = math.inf, deadline: float | None = None) -> Iterator[str]:
+    """Lines until every process that can write to the pipe is gone, or until a time (monotonic seconds).
 
-    The pipe's end, not the child's, is what is waited for: dvc dies at once of SIGTERM while the stage under
-    it still writes its checkpoint. What a child that has ended leaves behind is told to stop.
+    limit is that of a child at work, deadline that of one which was told to stop. The pipe's end, not the child's, is
+    what is waited for: dvc dies at once of SIGTERM while the stage under it still writes its checkpoint. What a child
+    that has ended leaves behind is told to stop.
     """
     pipe = child.stdout.fileno()
     decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
@@ -93,7 +110,7 @@ def _lines(child: subprocess.Popen, deadline: float | None = None) -> Iterator[s
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while deadline is None or time.monotonic() < deadline:
-            if deadline is None and stopping.is_set():
+            if deadline is None and (stopping.is_set() or time.monotonic() > limit):
                 return
             if not selector.select(0.5):
                 if deadline is None and child.poll() is not None:

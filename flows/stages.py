@@ -21,7 +21,8 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Cancelled, Completed, Failed, State
 
-from flows import graph, process, summary
+from flows import checkout, graph, process, summary
+from flows.publish import remote
 from flows.summary import Outcome
 from rankwise.types import UserError
 from tasks.tracking import home
@@ -33,6 +34,9 @@ RETRY_AFTER_S = [float(seconds) for seconds in os.environ.get("RANKWISE_RETRY_AF
 # Names of Failed states, by a stage's exit status
 MISTAKE = "Mistake"  # trying again cannot mend it
 AWAY = "Away"  # a server is away, busy, or died: trying again may do
+TIMED_OUT = "TimedOut"  # it took longer than a stage may; it left a checkpoint, and a new run goes on from there
+# Prefect's concurrency limit for stages that use a GPU: as many places as there are GPUs for runs to share.
+GPU_LIMIT = os.environ.get("RANKWISE_GPU_LIMIT", "rankwise-gpu")
 NAMES = {2: MISTAKE, os.EX_TEMPFAIL: AWAY}
 
 
@@ -44,9 +48,28 @@ class Going:
     tracker: Any = None  # the pipeline's MLflow run, while there is one
     # for the environment of stages alone: keys of servers, threads
     environment: dict[str, str] = field(default_factory=dict, repr=False)
+    limit_s: float | None = None  # the longest that a stage may take
+    pull: bool = False  # whether stages take from DVC's remote what is not here
+    slots: bool = False  # whether other runs want this machine's GPUs too
 
 
 going: ContextVar[Going] = ContextVar("going")
+
+
+def begin(*, stage_hours: float | None, revision: str | None) -> None:
+    """Set out on a run; raises UserError where its arguments do not fit the place that it runs in."""
+    checkout.refuse_none()
+    own = checkout.current()
+    if revision and own is None:
+        raise UserError(f"revision {revision!r}: this folder is no checkout of a run's own; use git to change it")
+    if stage_hours is not None and stage_hours <= 0:
+        raise UserError(f"stage_hours {stage_hours}: more than 0 was expected")
+    limit_s = None if stage_hours is None else stage_hours * 3600
+    going.set(Going(limit_s=limit_s, pull=own is not None and remote() is not None, slots=own is not None))
+    if own is not None:
+        get_run_logger().info("a checkout of %s @ %s of %s", own.revision, own.commit[:10], own.repository)
+        if own.note:
+            get_run_logger().warning("%s", own.note)
 
 
 class StageFailed(Exception):
@@ -58,7 +81,7 @@ class StageFailed(Exception):
 
 
 def worth_a_retry(one: Any, task_run: Any, state: State) -> bool:
-    passes = state.name == AWAY or (graph.matches(RETRIED, one.name) and state.name != MISTAKE)
+    passes = state.name == AWAY or (graph.matches(RETRIED, one.name) and state.name not in (MISTAKE, TIMED_OUT))
     return passes and task_run.run_count <= len(RETRY_AFTER_S) and not process.stopping.is_set()
 
 
@@ -72,30 +95,56 @@ def worth_a_retry(one: Any, task_run: Any, state: State) -> bool:
     persist_result=False,
     cache_policy=NO_CACHE,
 )
-def run_stage(stage: str, force: bool = False) -> State:
-    """Run one stage through DVC, in a process of its own; the state says whether it ran or was cached."""
+def run_stage(stage: str, force: bool = False, accelerated: bool = False) -> State:
+    """Run one stage through DVC, in a process of its own; the state says whether it ran or was cached.
+
+    accelerated: it uses a GPU where there is one, so it waits until one is free of other runs.
+    """
     logger, reading, began = get_run_logger(), graph.Reading(stage), time.monotonic()
 
     def show(line: str) -> None:
         if (text := reading.take(line)) is not None:
             logger.info("%s", text)
 
-    forced = ["--force"] if force else []
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", *forced, stage]
+    run = going.get()
+    options = ["--force"] * force + ["--pull"] * run.pull
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", *options, stage]
     # `python` and `accelerate` in dvc.yaml are those of this environment, activated or not.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = {**os.environ, **run.environment, "PATH": path}
     try:
-        status = process.run(command, show, env={**os.environ, **going.get().environment, "PATH": path})
+        with _slot(accelerated and run.slots):
+            status = process.run(command, show, env=environment, limit_s=run.limit_s)
     except process.Stopped:
         return Cancelled(message="stopped with the run")
+    except process.TookTooLong:
+        return _timed_out(stage, run)
     outcome = reading.outcome(status, time.monotonic() - began)
-    going.get().outcomes[stage] = outcome
+    run.outcomes[stage] = outcome
     if outcome.state == "failed":
         return Failed(name=NAMES.get(outcome.status, "Failed"), message=outcome.note)
     _leave_metrics(stage, outcome)
     if outcome.state == "cached":
         return Completed(name="Cached", message=outcome.note)
     return Completed(message=f"ran in {outcome.seconds:.1f} s")
+
+
+def _slot(wanted: bool) -> contextlib.AbstractContextManager[None]:
+    """A place of Prefect's concurrency limit GPU_LIMIT, where a deployment's run wants one and there is such a limit.
+
+    Prefect takes the place back from a process that died, five minutes after its last sign of life.
+    """
+    if not wanted:
+        return contextlib.nullcontext()
+    from prefect.concurrency.sync import concurrency
+
+    return concurrency(GPU_LIMIT, occupy=1, strict=False)
+
+
+def _timed_out(stage: str, run: Going) -> State:
+    note = f"took longer than {run.limit_s / 3600:g} h, the most that a stage of this run may; it can be continued"
+    run.outcomes[stage] = Outcome(stage=stage, state="failed", note=note, seconds=run.limit_s, status=1)
+    return Failed(name=TIMED_OUT, message=note)
 
 
 def _leave_metrics(stage: str, outcome: Outcome) -> None:

@@ -3,6 +3,7 @@
     python -m tasks.recipe                                      the embedded default again
     python -m tasks.recipe recipes/imdb.yaml                    params.yaml of the recipe
     python -m tasks.recipe recipes/imdb.yaml --data PATH ...    and PATH linked into data/source
+    python -m tasks.recipe recipes/imdb.yaml --set dpo.beta=0.3 and another value over the recipe's
     python -m tasks.recipe params.yaml                          rounds.each written anew, after rounds.count was changed
 
 A recipe file holds sections and keys of params.yaml, only those that differ from the default; a key or value that no
@@ -55,17 +56,39 @@ HEAD = """\
 COLUMN = 44  # where comments begin
 
 
-def apply(recipe: Path | None, params_file: Path = Path("params.yaml")) -> list[str]:
+def apply(recipe: Path | None, params_file: Path = Path("params.yaml"), *, overrides: Sequence[str] = ()) -> list[str]:
     """Write params.yaml as the defaults with a recipe over them; returns the changed lines, as a diff.
+
+    Args:
+        overrides: values that stand over the recipe's, as "dpo.beta=0.3"
 
     Raises UserError on a key or value that no stage knows; params.yaml is then left as it was.
     """
     overlay = read_yaml(recipe) if recipe is not None else {}
-    text = render(overlay, where=str(recipe))
+    for words in overrides:
+        _override(overlay, words)
+    text = render(overlay, where=", ".join([str(recipe), *overrides]))
     before = params_file.read_text(encoding="utf-8") if params_file.exists() else ""
     write_aside(params_file, lambda aside: aside.write_text(text, encoding="utf-8"))
     diff = difflib.unified_diff(before.splitlines(), text.splitlines(), lineterm="", n=0)
     return [line for line in diff if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+
+
+def _override(overlay: dict[str, Any], words: str) -> None:
+    """Put one KEY=VALUE over an overlay; the value is read as YAML, as `dvc exp run -S` reads it."""
+    key, equals, value = words.partition("=")
+    *sections, last = key.strip().split(".")
+    if not equals or not sections or not all([*sections, last]):
+        raise UserError(f"{words!r}: SECTION.KEY=VALUE was expected, such as dpo.beta=0.3")
+    try:
+        read = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"{words!r}: {value!r} is no YAML value; put text with special signs in quotes") from None
+    for section in sections:
+        overlay = overlay.setdefault(section, {})
+        if not isinstance(overlay, dict):
+            raise UserError(f"{words!r}: {section} holds a value, no keys")
+    overlay[last] = read
 
 
 def render(overlay: dict[str, Any], *, where: str = "recipe") -> str:
@@ -165,11 +188,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("recipe", nargs="?", type=Path, help="a file of recipes/, or your own; none: the default")
     parser.add_argument("--data", nargs="+", type=Path, default=[], help="files or folders to link into data/source")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a value over the recipe's: dpo.beta=0.3"
+    )
     arguments = parser.parse_args(argv)
     try:
         for link in link_sources(arguments.data):
             print(f"linked {link}")
-        changed = apply(arguments.recipe)
+        changed = apply(arguments.recipe, overrides=arguments.set)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

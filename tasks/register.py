@@ -108,6 +108,13 @@ def check_gates(
     return gates
 
 
+def failed_gates(report: Path = Paths.report) -> list[str]:
+    """The gates that the registered policy failed, each in a line; none before there is one."""
+    path = report / "registration.json"
+    gates = read_json(path)["gates"] if path.exists() else []
+    return [show_gate(gate) for gate in gates if not gate["passed"]]
+
+
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers of a metrics file under dotted names; what is no number is left out."""
     flat: dict[str, float] = {}

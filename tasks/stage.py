@@ -24,7 +24,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from rankwise.rows import write_aside, write_json
 from rankwise.runtime import keep_freed_memory, spin_briefly
@@ -62,6 +62,7 @@ class Stage:
         self._began = time.time()
         self.timings: dict[str, float] = {}
         self._curves: list[dict[str, float]] = []
+        self._training: TextIO | None = None  # the lock of its checkpoints
         if self.report is not None:
             # Made even where nothing is drawn (an untrained reward model): DVC wants every declared output to exist.
             self.plots.mkdir(parents=True, exist_ok=True)
@@ -121,9 +122,21 @@ class Stage:
         return path
 
     def checkpoints(self, key: str) -> Path:
-        """The folder of this stage's checkpoints under one identity of inputs and params."""
+        """The folder of this stage's checkpoints under one identity of inputs and params.
+
+        Runs in checkouts of their own share it: while another one trains the very same, this one waits for it.
+        """
         path = HOME / "checkpoints" / self.name / key
-        path.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if is_first_rank() and self._training is None:
+            # Beside the folder, which goes when training is done; held until this process ends.
+            self._training = open(path.with_suffix(".lock"), "a", encoding="utf-8")  # noqa: SIM115
+            try:
+                fcntl.flock(self._training, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self.log("another run trains the very same; waiting for it")
+                fcntl.flock(self._training, fcntl.LOCK_EX)
+        path.mkdir(exist_ok=True)
         return path
 
 

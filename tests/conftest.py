@@ -61,7 +61,7 @@ class Toy:
         for name in self.ORDER:
             stages.append(
                 f"  {name}:\n    cmd: exec python stage.py {name}\n    deps: [stage.py, {before}]\n"
-                f"    outs: [{name}.txt]\n    metrics:\n    - reports/{name}/metrics.json: {{cache: false}}\n"
+                f"    outs: [{name}.txt]\n    metrics: [reports/{name}/metrics.json]\n"
             )
             before = f"{name}.txt"
         (root / "dvc.yaml").write_text("stages:\n" + "".join(stages).replace("[stage.py, stage.py]", "[stage.py]"))

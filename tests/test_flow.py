@@ -5,10 +5,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -323,23 +321,3 @@ def test_nothing_that_a_run_starts_looks_up_a_name_outside(toy, tmp_path):
     assert said.returncode == 0, said.stdout
     names = set(noted.read_text().split())
     assert names and names <= {"127.0.0.1", "localhost", "::1", "None"}, names
-
-
-@pytest.mark.slow
-def test_the_deployment_runs_the_same_flow(toy, tmp_path, monkeypatch):
-    """`prefect deploy --all` asks nothing, and a worker runs what it made to the end."""
-    monkeypatch.setattr(server, "HOME", tmp_path / "prefect")
-    shutil.copy(ROOT / "prefect.yaml", toy.root)
-    (toy.root / "flows").symlink_to(ROOT / "flows")
-    running = server.Server(server.free_port(), lean=False)
-    try:
-        running.wait()
-        home = {"PREFECT_API_URL": running.url, "PREFECT_HOME": str(tmp_path / "home")}
-        prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
-        toy.command(*prefect, "work-pool", "create", "rankwise", "--type", "process", **home)
-        toy.command(*prefect, "deploy", "--all", **home)
-        toy.command(*prefect, "deployment", "run", "align/align", "--param", "target=sft", **home)
-        toy.command(*prefect, "worker", "start", "--pool", "rankwise", "--run-once", **home)
-        assert toy.attempts() == ["prompts", "sft"]
-    finally:
-        running.stop()

@@ -1,0 +1,238 @@
+"""Laws of deployments: a run works in a checkout of its own, shares what is costly, publishes, and can be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Toy
+from prefect.client.schemas.filters import DeploymentFilter
+from prefect.states import Crashed
+from test_flow import alive, task_runs, wait_for
+
+from flows import checkout, server
+from flows.git import git
+from rankwise.types import UserError
+
+ROOT = Path(__file__).parent.parent
+AUTHOR = {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+
+class Project(Toy):
+    """The toy project under git, with its flows as deployments of a server and a worker for them."""
+
+    def __init__(self, root: Path, url: str):
+        super().__init__(root)
+        shutil.copy(ROOT / "prefect.yaml", root)
+        (root / "flows").symlink_to(ROOT / "flows")
+        self.remote = root.parent / "remote"
+        self.environment = {
+            "PREFECT_API_URL": url,
+            "PREFECT_HOME": str(root.parent / "prefect-home"),
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "RANKWISE_REMOTE": str(self.remote),
+            **AUTHOR,
+        }
+        self.commit("a toy")
+
+    def commit(self, title: str) -> str:
+        self.command("git", "add", "-A")
+        self.command("git", "commit", "-q", "-m", title, **AUTHOR)
+        return git("rev-parse", "HEAD", where=self.root).stdout.strip()
+
+    def prefect(self, *words: str) -> str:
+        command = [sys.executable, "-m", "prefect", "--no-prompt", *words]
+        return self.command(*command, **self.environment).stdout.decode()
+
+    def order(self, deployment: str = "align/align", **parameters: object) -> str:
+        """Ask for a run; returns its id."""
+        words = [f"--param={name}={json.dumps(value)}" for name, value in parameters.items()]
+        said = self.prefect("deployment", "run", deployment, *words)
+        return said.partition("/runs/flow-run/")[2].split()[0]
+
+    def start_worker(self) -> None:
+        words = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "rankwise"]
+        env = {**os.environ, **self.environment}
+        with open(self.root.parent / "worker.log", "a", encoding="utf-8") as log:
+            self.worker = subprocess.Popen(
+                words, cwd=self.root, env=env, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def nap(self, seconds: float) -> None:
+        """A commit with which every stage is stale and takes so long."""
+        script = self.root / "stage.py"
+        line = next(line for line in script.read_text().splitlines() if line.startswith("time.sleep("))
+        script.write_text(script.read_text().replace(line, f"time.sleep({seconds})"))
+        self.commit(f"naps of {seconds} s")
+
+    def checkout_of(self, flow_run: str) -> Path:
+        [folder] = (self.root / ".rankwise/checkouts").glob(f"*-{flow_run[:8]}")
+        return folder
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory):
+    """A whole Prefect server, scheduler and all; gives its API address."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "HOME", tmp_path_factory.mktemp("server") / "prefect")
+        running = server.Server(server.free_port(), lean=False)
+        try:
+            running.wait()
+            yield running.url
+        finally:
+            running.stop()
+
+
+@pytest.fixture(scope="module")
+def project(api, tmp_path_factory):
+    """The toy project, deployed, and a worker for it."""
+    project = Project(tmp_path_factory.mktemp("project") / "toy", api)
+    project.prefect("work-pool", "create", "rankwise", "--type", "process")
+    project.start_worker()
+    project.prefect("deploy", "--all")
+    yield project
+    os.killpg(project.worker.pid, signal.SIGTERM)
+    project.worker.wait(30)
+
+
+@pytest.fixture
+def client(api):
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+        yield client
+
+
+def end_of(client, flow_run: str, seconds: float = 90):
+    """The state in which a run ends."""
+    assert wait_for(lambda: client.read_flow_run(flow_run).state.is_final(), seconds), client.read_flow_run(flow_run)
+    return client.read_flow_run(flow_run).state
+
+
+@pytest.mark.slow
+def test_deploying_asks_nothing_and_the_nightly_one_is_scheduled(project, client):
+    """A scheduler that fails in silence (SQLAlchemy 2.1) would leave a healthy server without a single run."""
+    names = {deployment.name: deployment for deployment in client.read_deployments()}
+    assert {"align", "nightly", "frontier"} <= set(names)
+    [schedule] = names["nightly"].schedules
+    assert schedule.schedule.cron == "0 2 * * *" and schedule.active
+
+    def due() -> list:
+        only = DeploymentFilter.model_validate({"id": {"any_": [names["nightly"].id]}})
+        return client.read_flow_runs(deployment_filter=only)
+
+    assert wait_for(lambda: len(due()) >= 3, 60)
+    form = names["align"].parameter_openapi_schema["properties"]
+    assert "sft" in json.dumps(form["target"]) and "dpo.beta=0.3" in form["overrides"]["description"]
+
+
+@pytest.mark.slow
+def test_a_run_is_of_a_commit_shares_the_cache_and_publishes(project, client, tmp_path):
+    """Whoever works in the repository's folder is left alone, and finds the results on a branch and in the remote."""
+    (project.root / "stage.py").write_text("raise SystemExit('an edit that no commit has')\n")
+    try:
+        first = project.order(target="sft")
+        state = end_of(client, first)
+    finally:
+        project.command("git", "checkout", "stage.py")
+    assert state.is_completed(), state
+    folder = project.checkout_of(first)
+    assert (folder / "attempts.log").read_text().split() == ["prompts", "sft"] and project.attempts() == []
+    assert not (project.root / "dvc.lock").exists()
+    assert git("status", "--porcelain", where=project.root).stdout == ""
+
+    # Another person: the branch and the remote are all that it takes.
+    branch = f"runs/{folder.name}"
+    git("clone", "-q", "-b", branch, str(project.root), str(tmp_path / "other"))
+    other = object.__new__(Toy)
+    other.root = tmp_path / "other"
+    other.command("dvc", "remote", "add", "-d", "r", str(project.remote))
+    other.command("dvc", "pull", "--run-cache", "sft")
+    assert (other.root / "sft.txt").read_text() == "sft"
+    assert b"sft" in other.command("git", "log", "-1", "--format=%s").stdout
+
+    # A second run, of the same commit: a fresh checkout, and nothing of the first is computed again.
+    second = project.order()
+    assert end_of(client, second).is_completed()
+    assert (project.checkout_of(second) / "attempts.log").read_text().split() == ["verdicts", "evaluate"]
+    states = {name: one.state.name for name, one in task_runs(client, second, 5).items()}
+    assert states["sft"] == "Cached" and states["verdicts"] == "Completed" and states["publish"] == "Completed"
+
+
+@pytest.mark.slow
+def test_a_revision_is_what_its_name_says_and_an_unknown_one_is_told(project, client):
+    old = git("rev-parse", "HEAD", where=project.root).stdout.strip()
+    script = (project.root / "stage.py").read_text()
+    (project.root / "stage.py").write_text(script + "\nprint('newer')\n")
+    project.commit("newer code")
+    wanted, unknown = project.order(target="prompts", revision=old[:12]), project.order(revision="no-such-branch")
+    assert end_of(client, wanted).is_completed()
+    assert (project.checkout_of(wanted) / "stage.py").read_text() == script
+    state = end_of(client, unknown)
+    assert state.name == "Mistake" and "has no revision 'no-such-branch'" in state.message
+
+
+@pytest.mark.slow
+def test_a_run_whose_worker_was_killed_goes_on_in_the_same_checkout(project, client):
+    """kill -9 of the worker and all that it started, as when a machine goes down; then the run is tried again."""
+    project.nap(3)
+    run = project.order()
+    assert wait_for(lambda: list((project.root / ".rankwise/checkouts").glob(f"*-{run[:8]}/sft.pid")), 90)
+    folder = project.checkout_of(run)
+    time.sleep(0.5)
+    os.killpg(project.worker.pid, signal.SIGKILL)
+    project.worker.wait()
+    for pid in everyone_below(run):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    project.start_worker()
+    assert wait_for(lambda: not alive(int((folder / "sft.pid").read_text())))
+    assert client.read_flow_run(run).state.is_running(), "nobody has told the server"
+    client.set_flow_run_state(run, Crashed(message="its heartbeats have stopped"), force=True)
+    project.prefect("flow-run", "retry", run)
+    assert end_of(client, run).is_completed()
+    assert project.checkout_of(run) == folder
+    ran = (folder / "attempts.log").read_text().split()
+    assert ran == ["prompts", "sft", "sft", "verdicts", "evaluate"], "a finished stage ran again"
+
+
+def everyone_below(flow_run: str) -> list[int]:
+    """Processes that have a flow run's id in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"PREFECT__FLOW_RUN_ID={flow_run}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_a_cancellation_reaches_the_stage_which_leaves_a_checkpoint(project, client):
+    project.nap(60)
+    run = project.order()
+    assert wait_for(lambda: list((project.root / ".rankwise/checkouts").glob(f"*-{run[:8]}/prompts.pid")), 90)
+    folder = project.checkout_of(run)
+    time.sleep(0.5)
+    project.prefect("flow-run", "cancel", run)
+    assert end_of(client, run, 60).is_cancelled()
+    assert (folder / "prompts.checkpoint").exists()
+    assert wait_for(lambda: not everyone_below(run))
+
+
+def test_a_repository_elsewhere_needs_a_home_for_what_runs_share(monkeypatch):
+    monkeypatch.delenv("RANKWISE_HOME", raising=False)
+    with pytest.raises(UserError, match="set RANKWISE_HOME to a folder that outlives the run"):
+        checkout.shared_home("https://example.com/project.git")
+    monkeypatch.setenv("RANKWISE_HOME", "/somewhere")
+    assert checkout.shared_home("https://example.com/project.git") == Path("/somewhere")
