@@ -49,7 +49,7 @@ def give_away(title: str) -> str:
 def publish(title: str) -> State:
     """Push data and the commit; the state's message says where they are. What could not be pushed stays here, whole.
 
-    Raises RuntimeError where a remote or the repository takes nothing: a store that is away may come back.
+    Raises RuntimeError where a remote or the repository takes nothing.
     """
     own = checkout.current()
     assert own is not None, "a person's folder is for the person to push"

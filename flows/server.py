@@ -46,6 +46,7 @@ class Server:
         # A home of its own: a person's Prefect profile and database are left as they are.
         environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
         environment["PREFECT_HOME"] = str(HOME.resolve())
+        environment["PREFECT_UI_URL"] = self.url.removesuffix("/api")  # links in notifications
         environment["PREFECT_UI_API_URL"] = self.url  # the page otherwise asks port 4200, whatever port this is
         if lean:
             environment |= {f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in UNNEEDED}

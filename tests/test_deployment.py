@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from conftest import Toy
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import DeploymentFilter
-from prefect.states import Crashed
+from prefect.events import emit_event
+from prefect.events.worker import EventsWorker
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from test_flow import alive, task_runs, wait_for
 
 from flows import checkout, server
@@ -103,11 +110,36 @@ def project(api, tmp_path_factory):
     project.worker.wait(30)
 
 
+@pytest.fixture(scope="module")
+def told(project, api):
+    """The automations, made twice, and what they tell a person."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ear) as ear:
+        threading.Thread(target=ear.serve_forever, daemon=True).start()
+        with temporary_settings({PREFECT_API_URL: api}):
+            CustomWebhookNotificationBlock(
+                name="ear", url=f"http://127.0.0.1:{ear.server_port}", json_data={"text": "{{subject}}: {{body}}"}
+            ).save("ear")
+        for _ in range(2):
+            words = ["flows.automations", "--notify", "custom-webhook/ear", "--silence-s", "35"]
+            project.command(sys.executable, "-m", *words, **project.environment)
+        yield Ear.told
+        ear.shutdown()
+
+
+class Ear(http.server.BaseHTTPRequestHandler):
+    told: ClassVar[list[str]] = []
+
+    def do_POST(self):
+        self.told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
 @pytest.fixture
 def client(api):
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
     with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
         yield client
 
@@ -169,7 +201,7 @@ def test_a_run_is_of_a_commit_shares_the_cache_and_publishes(project, client, tm
 
 
 @pytest.mark.slow
-def test_a_revision_is_what_its_name_says_and_an_unknown_one_is_told(project, client):
+def test_a_revision_is_what_its_name_says_and_an_unknown_one_is_told(project, client, told):
     old = git("rev-parse", "HEAD", where=project.root).stdout.strip()
     script = (project.root / "stage.py").read_text()
     (project.root / "stage.py").write_text(script + "\nprint('newer')\n")
@@ -179,10 +211,17 @@ def test_a_revision_is_what_its_name_says_and_an_unknown_one_is_told(project, cl
     assert (project.checkout_of(wanted) / "stage.py").read_text() == script
     state = end_of(client, unknown)
     assert state.name == "Mistake" and "has no revision 'no-such-branch'" in state.message
+    assert wait_for(lambda: any("has no revision 'no-such-branch'" in one and unknown in one for one in told))
+    with temporary_settings({PREFECT_API_URL: project.environment["PREFECT_API_URL"]}):
+        resource = {"prefect.resource.id": f"prefect.flow-run.{wanted}", "prefect.resource.name": "nightly"}
+        emit_event("rankwise.gates.failed", resource=resource, payload={"gates": ["kl.mean = 9, at most 5: failed"]})
+        EventsWorker.drain_all(timeout=5, at_exit=False)
+    assert wait_for(lambda: any("nightly: kl.mean = 9, at most 5: failed" in one for one in told)), told
+    assert sum("has no revision" in one for one in told) == 1, "made twice, it tells once"
 
 
 @pytest.mark.slow
-def test_a_run_whose_worker_was_killed_goes_on_in_the_same_checkout(project, client):
+def test_a_run_whose_worker_was_killed_goes_on_in_the_same_checkout(project, client, told):
     """kill -9 of the worker and all that it started, as when a machine goes down; then the run is tried again."""
     project.nap(3)
     run = project.order()
@@ -197,7 +236,7 @@ def test_a_run_whose_worker_was_killed_goes_on_in_the_same_checkout(project, cli
     project.start_worker()
     assert wait_for(lambda: not alive(int((folder / "sft.pid").read_text())))
     assert client.read_flow_run(run).state.is_running(), "nobody has told the server"
-    client.set_flow_run_state(run, Crashed(message="its heartbeats have stopped"), force=True)
+    assert end_of(client, run, 90).is_crashed() and "no sign of life" in client.read_flow_run(run).state.message
     project.prefect("flow-run", "retry", run)
     assert end_of(client, run).is_completed()
     assert project.checkout_of(run) == folder
