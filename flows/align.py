@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,8 +38,9 @@ from tasks.params import read_yaml
 from tasks.register import failed_gates
 from tasks.rounds import check
 
-# What a deployment's form offers.
-Target = Annotated[str | None, Field(json_schema_extra={"enum": [None, *recipes.STAGES]})]
+PARAMS = Path("params.yaml")
+# What a deployment's form offers; a command line also takes a round's stage (dpo@2).
+Target = Annotated[str, Field(json_schema_extra={"enum": ["all", *recipes.STAGES]})]
 
 
 def _run_name() -> str:
@@ -48,32 +49,33 @@ def _run_name() -> str:
     given = flow_run.parameters
     commit = git("rev-parse", "--short", "HEAD", check=False).stdout.strip() or "no commit"
     unchanged = git("diff", "--quiet", "HEAD", "--", "params.yaml", check=False).returncode == 0
-    name = Path(given["recipe"]).stem if given.get("recipe") else "default" if unchanged else "changed params"
-    changed = f" with {', '.join(given['overrides'])}" if given.get("overrides") else ""
-    target = f" up to {given['target']}" if given.get("target") else ""
+    recipe = Path(given["recipe"]).stem
+    name = recipe if recipe != PARAMS.stem else "default" if unchanged else "changed params"
+    changed = f" with {', '.join(given['overrides'])}" if given["overrides"] else ""
+    target = f" up to {given['target']}" if given["target"] != "all" else ""
     return f"{name}{changed}{target} @ {commit}"
 
 
 @flow(name="align", flow_run_name=_run_name, persist_result=False)
 def align(
-    target: Target = None,
-    recipe: str | None = None,
-    overrides: list[str] | None = None,
-    data: list[str] | None = None,
-    force: list[str] | None = None,
-    stage_hours: float | None = None,
-    revision: str | None = None,
+    target: Target = "all",
+    recipe: str = "params.yaml",
+    overrides: tuple[str, ...] = (),
+    data: tuple[str, ...] = (),
+    force: tuple[str, ...] = (),
+    stage_hours: float = 0,
+    revision: str = "",
 ) -> State:
     """From prompts to an evaluated, registered model: every stage of dvc.yaml that is not up to date.
 
     Args:
-        target: run up to this stage only; none: all stages
-        recipe: a file of recipes/ to use instead of params.yaml as it is, such as recipes/spin.yaml
-        overrides: values that stand over those, such as dpo.beta=0.3
+        target: run up to this stage only
+        recipe: params.yaml as it is, or a file of recipes/ such as recipes/spin.yaml
+        overrides: values that stand over the recipe's, such as dpo.beta=0.3
         data: files or folders of the worker's machine that the recipe reads
         force: stages to run although nothing changed
-        stage_hours: stop a stage that takes longer; it leaves a checkpoint, from which a new run goes on
-        revision: a branch, tag or commit to run (deployments alone); none: the tip of the branch it was deployed from
+        stage_hours: stop a stage that takes longer; it leaves a checkpoint, from which a new run goes on; 0: no limit
+        revision: a branch, tag or commit (deployments alone); empty: the tip of the branch that it was deployed from
     """
     given = {"target": target, "recipe": recipe, "overrides": overrides, "data": data, "force": force}
     try:
@@ -82,7 +84,7 @@ def align(
             nodes = prepare(**given)
             going.get().environment = keys.from_secrets(os.environ)
             with _tracked(given, nodes):
-                outcomes = run_in_order(nodes, force or [])
+                outcomes = run_in_order(nodes, force)
     except UserError as error:
         return Failed(name=MISTAKE, message=str(error))
     except StageFailed as failure:
@@ -99,31 +101,26 @@ def align(
 
 
 def prepare(
-    target: str | None = None,
-    recipe: str | None = None,
-    overrides: list[str] | None = None,
-    data: list[str] | None = None,
-    force: list[str] | None = None,
+    target: str, recipe: str, overrides: Sequence[str], data: Sequence[str], force: Sequence[str]
 ) -> list[graph.Node]:
     """Put a recipe in place, if one is named, and plan the stages; doing it twice is the same as once."""
     put_in_place(recipe, overrides, data)
-    nodes = graph.plan(target)
-    graph.check_known(force or [], nodes)
+    nodes = graph.plan(None if target == "all" else target)
+    graph.check_known(force, nodes)
     return nodes
 
 
-def put_in_place(recipe: str | None, overrides: list[str] | None, data: list[str] | None) -> None:
+def put_in_place(recipe: str, overrides: Sequence[str], data: Sequence[str]) -> None:
     """params.yaml as it was asked for, and the data that it reads."""
-    params = Path("params.yaml")
     if data:
         recipes.link_sources([Path(path) for path in data])
-    if recipe or overrides:
-        recipes.apply(Path(recipe) if recipe else params, overrides=overrides or ())
-    if params.exists():
-        check(read_yaml(params), str(params))
+    if Path(recipe) != PARAMS or overrides:
+        recipes.apply(Path(recipe), overrides=overrides)
+    if PARAMS.exists():
+        check(read_yaml(PARAMS), str(PARAMS))
 
 
-def run_in_order(nodes: list[graph.Node], force: list[str]) -> list[Outcome]:
+def run_in_order(nodes: list[graph.Node], force: Sequence[str]) -> list[Outcome]:
     """Run stages one after another; raises StageFailed at the first that fails."""
     states: dict[str, State] = {}
     outcomes: list[Outcome] = []
@@ -191,25 +188,37 @@ def _tracked(given: dict[str, Any], nodes: list[graph.Node]) -> Iterator[None]:
 
     from tasks.tracking import pipeline_run
 
-    params = {name: value for name, value in given.items() if value}
+    params = {name: value for name, value in given.items() if value and value != "all"}
     with pipeline_run(str(flow_run.name), params, {"prefect.flow_run_id": str(flow_run.id)}) as tracker:
         going.get().tracker = tracker
         yield
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", metavar="STAGE", help="run up to this stage (default: all stages)")
-    parser.add_argument("--recipe", metavar="FILE", help="a params file to use instead of the present params.yaml")
+    parser.add_argument("--target", metavar="STAGE", default="all", help="run up to this stage (default: all stages)")
     parser.add_argument(
         "--set",
         dest="overrides",
         metavar="KEY=VALUE",
         action="append",
+        default=[],
         help="a value that stands over those of params.yaml or the recipe: --set dpo.beta=0.3",
     )
-    parser.add_argument("--data", metavar="PATH", nargs="+", help="files or folders that the recipe reads")
-    parser.add_argument("--force", metavar="STAGE", action="append", help="run this stage although nothing changed")
-    parser.add_argument("--stage-hours", metavar="HOURS", type=float, help="stop a stage that takes longer")
+    parser.add_argument(
+        "--force", metavar="STAGE", action="append", default=[], help="run this stage although nothing changed"
+    )
+    common_arguments(parser)
+
+
+def common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of every flow over the pipeline."""
+    parser.add_argument(
+        "--recipe", metavar="FILE", default=str(PARAMS), help="a params file to use instead of the present params.yaml"
+    )
+    parser.add_argument("--data", metavar="PATH", nargs="+", default=[], help="files or folders that the recipe reads")
+    parser.add_argument(
+        "--stage-hours", metavar="HOURS", type=float, default=0, help="stop a stage that takes longer (0: no limit)"
+    )
 
 
 if __name__ == "__main__":

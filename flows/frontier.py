@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -25,7 +25,7 @@ from prefect import flow
 from prefect.states import Completed, Failed, State
 
 from flows import graph, keys, process, summary
-from flows.align import put_in_place, run_in_order
+from flows.align import common_arguments, put_in_place, run_in_order
 from flows.command import Command
 from flows.publish import give_away
 from flows.stages import MISTAKE, StageFailed, begin, going, leave_artifact, only_run, run_stage
@@ -45,20 +45,20 @@ LOOK_EVERY_S = 0.5  # seconds between two looks at points that are under way; ct
 def frontier(
     sweep: str = str(sweeps.DEFAULT),
     jobs: int = 1,
-    recipe: str | None = None,
-    data: list[str] | None = None,
-    stage_hours: float | None = None,
-    revision: str | None = None,
+    recipe: str = "params.yaml",
+    data: tuple[str, ...] = (),
+    stage_hours: float = 0,
+    revision: str = "",
 ) -> State:
     """Every point of a sweep that is not up to date, and the figure.
 
     Args:
         sweep: a file of recipes/sweeps
         jobs: points that run at the same time
-        recipe: a file of recipes/ to use instead of params.yaml as it is
+        recipe: params.yaml as it is, or a file of recipes/
         data: files or folders of the worker's machine that the recipe reads
-        stage_hours: stop a stage that takes longer; it leaves a checkpoint, from which a new run goes on
-        revision: a branch, tag or commit to run (deployments alone); none: the tip of the branch it was deployed from
+        stage_hours: stop a stage that takes longer; it leaves a checkpoint, from which a new run goes on; 0: no limit
+        revision: a branch, tag or commit (deployments alone); empty: the tip of the branch that it was deployed from
     """
     try:
         begin(stage_hours=stage_hours, revision=revision)
@@ -84,11 +84,11 @@ def frontier(
     return Completed(message=summary.counts(outcomes), data=left)
 
 
-def prepare(sweep: str, jobs: int, recipe: str | None = None, data: list[str] | None = None) -> list[graph.Node]:
+def prepare(sweep: str, jobs: int, recipe: str, data: Sequence[str]) -> list[graph.Node]:
     """Write sweeps/params.yaml for the sweep file, and plan its stages; doing it twice is the same as once."""
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: at least 1 was expected")
-    put_in_place(recipe, None, data)
+    put_in_place(recipe, [], data)
     sweeps.apply(Path(sweep))
     return graph.plan(file=FILE)
 
@@ -211,9 +211,7 @@ def _show(outcomes: list[Outcome], *, prefect: str) -> None:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", nargs="?", default=str(sweeps.DEFAULT), metavar="FILE", help="a sweep (%(default)s)")
-    parser.add_argument("--recipe", metavar="FILE", help="a params file to use instead of the present params.yaml")
-    parser.add_argument("--data", metavar="PATH", nargs="+", help="files or folders that the recipe reads")
-    parser.add_argument("--stage-hours", metavar="HOURS", type=float, help="stop a stage that takes longer")
+    common_arguments(parser)
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="points that run at the same time (%(default)s)"
     )

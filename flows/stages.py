@@ -56,15 +56,15 @@ class Going:
 going: ContextVar[Going] = ContextVar("going")
 
 
-def begin(*, stage_hours: float | None, revision: str | None) -> None:
+def begin(*, stage_hours: float, revision: str) -> None:
     """Set out on a run; raises UserError where its arguments do not fit the place that it runs in."""
     checkout.refuse_none()
     own = checkout.current()
     if revision and own is None:
         raise UserError(f"revision {revision!r}: this folder is no checkout of a run's own; use git to change it")
-    if stage_hours is not None and stage_hours <= 0:
-        raise UserError(f"stage_hours {stage_hours}: more than 0 was expected")
-    limit_s = None if stage_hours is None else stage_hours * 3600
+    if stage_hours < 0:
+        raise UserError(f"stage_hours {stage_hours:g}: hours were expected, or 0 for no limit")
+    limit_s = stage_hours * 3600 or None
     going.set(Going(limit_s=limit_s, pull=own is not None and remote() is not None, slots=own is not None))
     if own is not None:
         get_run_logger().info("a checkout of %s @ %s of %s", own.revision, own.commit[:10], own.repository)
