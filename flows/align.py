@@ -94,10 +94,10 @@ def align(
         return Failed(name=name, message=str(failure), data=[asdict(outcome) for outcome in failure.outcomes])
     _leave_summary(outcomes)
     _tell_of_gates(outcomes)
-    data = [asdict(outcome) for outcome in outcomes]
+    left = [asdict(outcome) for outcome in outcomes]
     if failed := give_away(_title(outcomes)):
-        return Failed(name="Unpublished", message=f"every stage is done, but {failed}", data=data)
-    return Completed(message=summary.counts(outcomes), data=data)
+        return Failed(name="Unpublished", message=f"every stage is done, but {failed}", data=left)
+    return Completed(message=summary.counts(outcomes), data=left)
 
 
 def prepare(
