@@ -28,7 +28,7 @@ class SamplingParams:
     """What answers, and how answers are drawn; shared with evaluate and the teacher."""
 
     engine: Literal["embedded", "server"] = param(
-        "embedded", "embedded: in this process; server: vLLM or another OpenAI-compatible one (docs/operate.md)"
+        "embedded", "embedded: in this process; server: vLLM or another OpenAI-compatible one (docs/servers.md)"
     )
     max_new_tokens: int = param(64, "longest answer, tokens", ge=1)
     max_prompt_tokens: int = param(0, "a longer prompt loses its beginning; 0 is no limit", ge=0)
