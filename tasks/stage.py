@@ -12,6 +12,7 @@ import csv
 import ctypes
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -279,8 +280,12 @@ def _describe(params_type: type, indent: str = "  ") -> str:
 
 @contextlib.contextmanager
 def _only_writer(name: str, paths: Any) -> Iterator[None]:
-    """One process at a time writes a stage's outputs; the kernel frees the lock however its holder dies."""
-    path = HOME / "locks" / f"{_name_by_report(name, paths)}.lock"
+    """One process at a time writes a stage's outputs; the kernel frees the lock however its holder dies.
+
+    Several trees may share RANKWISE_HOME (those of `dvc queue` do): their outputs are not each other's.
+    """
+    tree = hashlib.sha256(os.fsencode(Path.cwd())).hexdigest()[:12]
+    path = HOME / "locks" / f"{_name_by_report(name, paths)}-{tree}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as handle:
         # Ranks of one launch share the work: only the first takes the lock.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -538,7 +539,8 @@ def test_a_disk_that_may_not_be_written(project, stage, folder):
 
 
 def test_a_second_process_of_the_same_stage(project):
-    with open(project.root / ".rankwise/locks/sft-reports-sft.lock", "w") as handle:
+    tree = hashlib.sha256(os.fsencode(project.root)).hexdigest()[:12]
+    with open(project.root / f".rankwise/locks/sft-reports-sft-{tree}.lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         handle.write("4321")
         handle.flush()
