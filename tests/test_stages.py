@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,9 @@ from fault_server import FaultServer
 
 from rankwise.checkpoints import load_causal_lm
 from rankwise.rows import read_rows, write_aside, write_rows
-from tasks.stage import _flat_numbers, output_folder
+from rankwise.types import UserError
+from tasks.stage import Stage, _flat_numbers, _only_writer, output_folder
+from tasks.tracking import Tracker
 
 
 @pytest.fixture
@@ -89,6 +93,34 @@ def test_what_dead_writers_left_is_removed_and_what_living_ones_write_is_not(tmp
 def test_a_lock_dies_with_its_holder(project):
     assert project.run("sft", before=tiny.killed_at("rankwise.checkpoints:load_causal_lm", 1)).status == -signal.SIGKILL
     assert project.run("sft").status == 0
+
+
+def test_trees_that_share_what_outlives_a_run_do_not_refuse_each_other(tmp_path, monkeypatch):
+    """RANKWISE_HOME for the trees of `dvc queue`: the same stage runs in each, on outputs of its own."""
+    monkeypatch.setattr("tasks.stage.HOME", tmp_path / "home")
+    for tree in ("a", "b"):
+        (tmp_path / tree).mkdir()
+    with contextlib.ExitStack() as running:
+        for tree in ("a", "b"):
+            monkeypatch.chdir(tmp_path / tree)
+            running.enter_context(_only_writer("dpo", object()))
+        with pytest.raises(UserError, match=f"already being run here by process {os.getpid()}"):
+            running.enter_context(_only_writer("dpo", object()))
+
+
+def test_two_trees_do_not_write_one_checkpoint(tmp_path, monkeypatch, capsys):
+    """The very same training in both: the second waits until the first is gone."""
+    monkeypatch.setattr("tasks.stage.HOME", tmp_path)
+    first, second = (Stage("sft", tracker=Tracker(), report=None) for _ in range(2))
+    assert first.checkpoints("key") == first.checkpoints("key") == tmp_path / "checkpoints/sft/key"
+    assert second.checkpoints("other") != first.checkpoints("key")
+    waiting = threading.Thread(target=second.checkpoints, args=("key",), daemon=True)
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive() and "another tree trains the very same" in capsys.readouterr().out
+    first.__dict__.clear()  # as if its process had ended
+    waiting.join(10)
+    assert not waiting.is_alive()
 
 
 def test_paths_and_the_params_file_can_be_named(project):
