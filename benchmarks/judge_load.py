@@ -29,7 +29,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from typing import Any
 from benchmarks import cli, report
 from benchmarks.arguments import count, place
 from benchmarks.judge_client import ACCOUNT, judge_of, rows
+from benchmarks.report import Figure
 from rankwise.budget import Budget
 from rankwise.judging import first_questions, key_of
 from rankwise.rubrics import data_block
@@ -51,27 +51,6 @@ KILLS, SPENT = (0.2, 0.4), 0.6  # shares of the verdicts
 TIMEOUT, LEAST_TIMEOUT_S = 4.0, 2.0  # latencies until a reply is too late; seconds, at least, for a busy machine
 LATE = 2.0  # times that, when a late one comes
 POLL_S = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """What was found, and what it may be."""
-
-    value: float
-    limit: float | None = None
-    sign: str = "="  # = | ≤ | ≥
-    unit: str = ""
-
-    @property
-    def met(self) -> bool:
-        if self.limit is None:
-            return True
-        ways = {"=": self.value == self.limit, "≤": self.value <= self.limit, "≥": self.value >= self.limit}
-        return ways[self.sign]
-
-    def line(self, name: str) -> list[str]:
-        limit = "" if self.limit is None else f"{self.sign} {self.limit:,.6g}{self.unit}"
-        return [name, f"{self.value:,.6g}{self.unit}", limit, "" if self.limit is None else "yes" if self.met else "NO"]
 
 
 def main(arguments: list[str]) -> None:

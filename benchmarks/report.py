@@ -5,11 +5,33 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.contest import Samples, quotient, summary
 from benchmarks.workload import Case
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """What was found, and what it may be."""
+
+    value: float
+    limit: float | None = None
+    sign: str = "="  # = | ≤ | ≥
+    unit: str = ""
+
+    @property
+    def met(self) -> bool:
+        if self.limit is None:
+            return True
+        ways = {"=": self.value == self.limit, "≤": self.value <= self.limit, "≥": self.value >= self.limit}
+        return ways[self.sign]
+
+    def line(self, name: str) -> list[str]:
+        limit = "" if self.limit is None else f"{self.sign} {self.limit:,.6g}{self.unit}"
+        return [name, f"{self.value:,.6g}{self.unit}", limit, "" if self.limit is None else "yes" if self.met else "NO"]
 
 
 def timed(found: dict[str, Samples]) -> dict[str, Any]:
@@ -34,17 +56,7 @@ def emit(record: dict[str, Any], title: str, columns: Sequence[str], lines: Sequ
 
     Where the record goes to stdout the table goes to stderr.
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    for line in lines:
-        table.add_row(*line)
-    # As wide as the table: cut in a log, a number would be lost.
-    console = Console(stderr=to == "-", width=None if sys.stdout.isatty() else 200)
-    console.print(table)
+    console = table(title, columns, lines, to)
     for name, value in notes(record):
         console.print(f"{name}: {value}", markup=False, highlight=False)
     text = json.dumps(record, indent=1, ensure_ascii=False)
@@ -52,6 +64,22 @@ def emit(record: dict[str, Any], title: str, columns: Sequence[str], lines: Sequ
         print(text)
     elif to is not None:
         Path(to).write_text(text + "\n", encoding="utf-8")
+
+
+def table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], to: str | None) -> Any:
+    """Print a table, to stderr where the record goes to stdout; returns the console that it stands on."""
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right")
+    for line in lines:
+        made.add_row(*line)
+    # As wide as the table: cut in a log, a number would be lost.
+    console = Console(stderr=to == "-", width=None if sys.stdout.isatty() else 200)
+    console.print(made)
+    return console
 
 
 def notes(record: dict[str, Any]) -> list[tuple[str, str]]:
