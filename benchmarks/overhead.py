@@ -216,7 +216,7 @@ def _show(record: dict[str, Any], results: list[dict[str, Any]], figures: dict[s
         cpu = [one["cpu bare"], *(one[f"cpu {name}"] for name in LAYERS[1:3]), None, None]
         lines.append([one["stage"], *map(report.seconds, [*wall, one["wall skipped by DVC"]])])
         lines.append(["  CPU", *map(report.seconds, [*cpu, one["cpu skipped by DVC"]])])
-    report.table("what the frame adds to a stage: median [quartiles] of paired differences", columns, lines, to)
+    report.table("what the frame adds to a stage: medians of paired differences, and quartiles", columns, lines, to)
     lines = [one.line(name) for name, one in figures.items()]
     report.emit(record, "the cost of the frame", ("figure", "found", "limit", "met"), lines, to)
 
