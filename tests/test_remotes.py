@@ -70,16 +70,23 @@ def done(tmp_path_factory, bucket) -> Toy:
     return toy
 
 
-@pytest.fixture
-def repository(tmp_path_factory, tmp_path) -> Repository:
-    """The project with the finished tiny run in it, known to DVC; nothing is computed for it by DVC."""
-    made = Repository(tmp_path / "clone")
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> Repository:
+    """The project with the finished tiny run in it, known to DVC, which computed nothing. Copy it, do not change it."""
+    made = Repository(tmp_path_factory.mktemp("recorded") / "clone")
     finished = tiny.finished(tmp_path_factory.getbasetemp())
     for name in (*tiny.MADE, ".rankwise"):
         shutil.copytree(finished.root / name, made.root / name, dirs_exist_ok=True, symlinks=True)
     made.command("dvc", "commit", "--force", "--quiet")
     commit(made.root)
     return made
+
+
+@pytest.fixture
+def repository(recorded, tmp_path) -> Repository:
+    copy = object.__new__(Repository)
+    copy.root = shutil.copytree(recorded.root, tmp_path / "clone", symlinks=True)
+    return copy
 
 
 def answers(url: str) -> bool:
