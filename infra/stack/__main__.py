@@ -3,6 +3,7 @@
     python -m infra.stack up           # start what is missing, make pool, limits and deployments (make up)
     python -m infra.stack status       # what runs where
     python -m infra.stack down         # stop all, keep the data (make down)
+    python -m infra.stack passwords    # write infra/.env alone, for compose
     eval "$(python -m infra.stack environment)"   # this shell's commands use the stack from now on
 
 Settings and passwords are in infra/.env, which the first `up` writes; data, logs and process ids are in
@@ -143,16 +144,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m infra.stack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="up | down | status | environment")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("up", help="start what is missing")
     stop = commands.add_parser("down", help="stop all, keep the data")
     stop.add_argument("--delete-data", action="store_true", help="delete the data too, after a question")
     commands.add_parser("status", help="what runs where; status 1 where something does not")
+    commands.add_parser("passwords", help="write infra/.env with random passwords, where there is none")
     commands.add_parser("environment", help="print the exports that let a shell use the stack")
     given = parser.parse_args(arguments)
     try:
-        if given.command == "up" and stack_settings.write_once():
-            print(f"wrote {stack_settings.FILE} with random passwords, readable by this user alone", flush=True)
+        if given.command in ("up", "passwords"):
+            wrote = stack_settings.write_once()
+            said = "wrote it, with random passwords, for this user alone" if wrote else "is there and stays as it is"
+            print(f"{stack_settings.FILE}: {said}", flush=True)
+        if given.command == "passwords":
+            return 0
         settings = stack_settings.read()
         if given.command in ("status", "environment"):
             return {"status": status, "environment": environment}[given.command](settings)

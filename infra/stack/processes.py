@@ -57,13 +57,11 @@ class Processes:
 
     def find(self, service: Service) -> psutil.Process | None:
         """The service's process, if it lives."""
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError, psutil.Error):
             note = json.loads(self._note(service).read_text(encoding="utf-8"))
             process = psutil.Process(note["pid"])
-            if abs(process.create_time() - note["began"]) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+            if abs(process.create_time() - note["began"]) < 1 and _alive(process):
                 return process
-        except (OSError, ValueError, KeyError, psutil.Error):
-            pass
         return None
 
     def current(self, service: Service) -> bool:
@@ -119,7 +117,7 @@ class Processes:
         if process is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(service.stop_signal)
-            psutil.wait_procs([process], timeout=STOP_S)
+            _wait([process])
         left = self._marked(service)
         _end(left)
         self._note(service).unlink(missing_ok=True)
@@ -172,7 +170,23 @@ def _end(processes: list[psutil.Process]) -> None:
         for one in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 ask(one)
-        _, processes = psutil.wait_procs(processes, timeout=STOP_S)
+        processes = _wait(processes)
+
+
+def _wait(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Wait for their end, at most STOP_S; returns those that live still."""
+    deadline = time.monotonic() + STOP_S
+    while (left := [one for one in processes if _alive(one)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def _alive(process: psutil.Process) -> bool:
+    """Whether it runs. One that has ended stays in the table until its parent, often process 1, takes note."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _listener(host: str, port: int) -> str | None:

@@ -165,7 +165,7 @@ def _worker(settings: Settings) -> Service:
             *(sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"),
             *("--name", name, "--limit", str(settings.runs), "--install-policy", "never"),
         ],
-        environment={**settings.client(), "PREFECT_HOME": str(settings.root / "worker")},
+        environment={**settings.client(), **settings.for_worker, "PREFECT_HOME": str(settings.root / "worker")},
         healthy=lambda: _worker_is_online(settings, name),
         after=("prefect",),
     )

@@ -55,6 +55,7 @@ class Settings:
     mlflow_password: str
     mlflow_form_key: str
     s3_secret: str
+    for_worker: dict[str, str]  # optional ones, as they are: servers to ask, their keys, the repository
 
     def address(self, service: str) -> str:
         """HOST:PORT of "postgres", "s3", "prefect" or "mlflow", as clients of this machine reach it."""
@@ -100,10 +101,12 @@ class Settings:
 def read() -> Settings:
     """The stack's settings; raises UserError that names a variable which is missing or cannot be used."""
     known = parse(EXAMPLE)
+    optional = set(re.findall(r"^# ([A-Z0-9_]+)=$", EXAMPLE.read_text(encoding="utf-8"), re.M))
     given = parse(FILE) if FILE.exists() else {}
-    if unknown := sorted(given.keys() - known.keys()):
+    if unknown := sorted(given.keys() - known.keys() - optional):
         raise UserError(f"{FILE}: {unknown[0]} is unknown; {EXAMPLE} lists what there is")
-    values = known | given | {name: os.environ[name] for name in known if name in os.environ}
+    names = known.keys() | optional
+    values = known | given | {name: os.environ[name] for name in names if name in os.environ}
 
     def text(name: str) -> str:
         if not (value := values[name]):
@@ -133,6 +136,7 @@ def read() -> Settings:
         mlflow_password=text("RANKWISE_MLFLOW_PASSWORD"),
         mlflow_form_key=text("RANKWISE_MLFLOW_FORM_KEY"),
         s3_secret=secret,
+        for_worker={name: values[name] for name in optional if values.get(name)},
     )
 
 
@@ -152,11 +156,10 @@ def write_once() -> bool:
     """Write infra/.env with random secrets where it is absent; returns whether it did."""
     if FILE.exists():
         return False
-    lines = EXAMPLE.read_text(encoding="utf-8").splitlines()[3:]
-    text = "# Made by `make up`; infra/env.example says what each line means.\n" + "\n".join(
-        line + secrets.token_hex(20) if re.fullmatch(r"[A-Z0-9_]+=", line) else line for line in lines
-    )
-    text = text.replace("RANKWISE_GPUS=1", f"RANKWISE_GPUS={max(1, _gpus())}")
+    lines = EXAMPLE.read_text(encoding="utf-8").splitlines()
+    fresh = {f"{name}=": f"{name}={secrets.token_hex(20)}" for name in SECRETS}
+    fresh["RANKWISE_GPUS=1"] = f"RANKWISE_GPUS={max(1, _gpus())}"
+    text = "\n".join(fresh.get(line, line) for line in lines)
     aside = FILE.with_name(f".env.{os.getpid()}")
     with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
         out.write(text + "\n")
