@@ -1,16 +1,22 @@
 """What Prefect's server has to know before runs come: `python -m infra.stack.setup`, as often as one likes.
 
 The work pool, the limit of GPU stages, an automation that ends runs whose process is gone, and the deployments of
-prefect.yaml. PREFECT_API_URL and PREFECT_API_AUTH_STRING say which server. What a person changed there stays: only
-what is missing is made, and the deployments are brought up to date.
+prefect.yaml. PREFECT_API_URL and PREFECT_API_AUTH_STRING say which server, RANKWISE_GPUS how many GPU stages there may
+be at a time. What a person changed there stays: only what is missing is made; deployments are brought up to date.
+Runs are processes of the worker unless another kind of pool is asked for:
+
+    python -m infra.stack.setup --type kubernetes --template infra/pools/kubernetes.json
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import subprocess
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 from infra.stack.settings import GPU_LIMIT, HEARTBEAT_S, POOL
 
@@ -19,12 +25,20 @@ ZOMBIES = "end runs whose process is gone"
 SILENCE = timedelta(seconds=6 * HEARTBEAT_S)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Make what is missing; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m infra.stack.setup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--type", default="process", choices=["process", "kubernetes", "docker"], help="of the pool")
+    parser.add_argument("--template", type=Path, metavar="FILE", help="base job template, for a pool that is new")
+    given = parser.parse_args(arguments)
+    if given.type != "process" and given.template is None:
+        parser.error(f"--type {given.type} needs --template infra/pools/{given.type}.json")
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        make_pool(client)
+        make_pool(client, given.type, given.template)
         make_gpu_limit(client, int(os.environ.get("RANKWISE_GPUS", "1")))
         if not client.read_automations_by_name(ZOMBIES):
             client.create_automation(automation=zombie_automation())
@@ -35,8 +49,8 @@ def main() -> int:
     return done.returncode
 
 
-def make_pool(client) -> None:
-    """The work pool whose workers start runs as processes."""
+def make_pool(client, kind: str, template: Path | None) -> None:
+    """The work pool that all deployments name; a template says what its runs are started as."""
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectNotFound
     from prefect.workers.process import ProcessWorker
@@ -44,8 +58,9 @@ def make_pool(client) -> None:
     try:
         client.read_work_pool(POOL)
     except ObjectNotFound:
-        template = ProcessWorker.get_default_base_job_template()
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
+        default = ProcessWorker.get_default_base_job_template
+        base = json.loads(template.read_text(encoding="utf-8")) if template else default()
+        client.create_work_pool(WorkPoolCreate(name=POOL, type=kind, base_job_template=base))
 
 
 def make_gpu_limit(client, gpus: int) -> None:
