@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from infra.stack import __main__ as command
-from infra.stack import postgres, settings
+from infra.stack import postgres, services, settings
 from infra.stack.databases import NAMES
 from infra.stack.setup import SILENCE, zombie_automation
 from rankwise.types import UserError
@@ -345,6 +345,15 @@ def test_a_machine_without_postgresql_is_told_its_package(monkeypatch):
     monkeypatch.setattr(postgres.shutil, "which", lambda _: None)
     with pytest.raises(UserError, match="apt-get install postgresql"):
         postgres.program("initdb")
+
+
+def test_a_service_comes_with_what_it_needs_and_nothing_else(project):
+    settings.write_once()
+    known = services.services(settings.read())
+    assert [one.name for one in command._wanted(known, ["mlflow"])] == ["postgres", "s3", "mlflow"]
+    assert [one.name for one in command._wanted(known, ["worker"])] == ["postgres", "prefect", "worker"]
+    with pytest.raises(UserError, match="'minio'; there are postgres, s3, prefect, mlflow, worker"):
+        command._wanted(known, ["minio"])
 
 
 def test_exports_survive_a_shell(project, monkeypatch):

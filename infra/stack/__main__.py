@@ -31,23 +31,34 @@ from infra.stack.settings import Settings
 from rankwise.types import UserError
 
 
-def up(settings: Settings) -> int:
-    """Start what does not run or is not well, in order; then make what Prefect has to know."""
+def up(settings: Settings, names: list[str]) -> int:
+    """Start what does not run or is not well, each after what it needs; names: these and what they need, none: all."""
     processes, came = Processes(settings.root), {}
-    waiting = services(settings)
-    worker = waiting.pop()
+    waiting = _wanted(services(settings), names)
     while waiting:
         wave = [one for one in waiting if all(need in came for need in one.after)]
         for service in wave:
+            if service.name == "worker":
+                print("prefect: pool, limits, deployments", flush=True)
+                _set_up(settings)
             came[service.name] = _start(processes, service)
         for service in wave:
             processes.wait(service)
         waiting = [one for one in waiting if one not in wave]
-    print("prefect: pool, limits, deployments", flush=True)
-    _set_up(settings)
-    came["worker"] = _start(processes, worker)
-    processes.wait(worker)
     return _table(settings, processes, came)
+
+
+def _wanted(known: list[Service], names: list[str]) -> list[Service]:
+    """The services of these names and those that they need; all where no name is given."""
+    if not names:
+        return known
+    if unknown := [name for name in names if name not in {one.name for one in known}]:
+        raise UserError(f"no service is called {unknown[0]!r}; there are {', '.join(one.name for one in known)}")
+    wanted = set(names)
+    for service in reversed(known):
+        if service.name in wanted:
+            wanted |= set(service.after)
+    return [service for service in known if service.name in wanted]
 
 
 def _start(processes: Processes, service: Service) -> str:
@@ -97,7 +108,7 @@ def down(settings: Settings, *, delete_data: bool) -> int:
 
 def status(settings: Settings) -> int:
     """Show the table."""
-    return _table(settings, Processes(settings.root), {})
+    return _table(settings, Processes(settings.root))
 
 
 def environment(settings: Settings) -> int:
@@ -107,24 +118,26 @@ def environment(settings: Settings) -> int:
     return 0
 
 
-def _table(settings: Settings, processes: Processes, came: dict[str, str]) -> int:
-    rows, well = [("service", "address", "state", "log")], True
+def _table(settings: Settings, processes: Processes, came: dict[str, str] | None = None) -> int:
+    """Print what runs; returns 1 where one of those that came, or of all, is not well."""
+    rows, bad = [("service", "address", "state", "log")], []
     for service in services(settings):
         alive = processes.find(service) is not None
         good = alive and service.healthy()
-        well &= good
-        state = came.get(service.name, "running") if good else "not well" if alive else "down"
+        state = (came or {}).get(service.name, "running") if good else "not well" if alive else "down"
         rows.append((service.name, service.address, state, os.path.relpath(processes.log(service))))
+        if not good and (came is None or service.name in came):
+            bad.append(service.name)
     widths = [max(map(len, column)) for column in zip(*rows)]
     print()
     for row in rows:
         print("   ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
-    if well:
+    if bad:
+        print("\nmake up starts what is down or not well")
+    else:
         print(f"\nPrefect and MLflow ask for the user admin and the password in {stack_settings.FILE}; in a shell:")
         print('  eval "$(python -m infra.stack environment)"')
-    elif not came:
-        print("\nmake up starts what is down or not well")
-    return 0 if well else 1
+    return 1 if bad else 0
 
 
 @contextlib.contextmanager
@@ -145,7 +158,10 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m infra.stack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("up", help="start what is missing")
+    start = commands.add_parser("up", help="start what is missing")
+    start.add_argument(
+        "service", nargs="*", help="postgres, s3, prefect, mlflow, worker, and what it needs; default: all"
+    )
     stop = commands.add_parser("down", help="stop all, keep the data")
     stop.add_argument("--delete-data", action="store_true", help="delete the data too, after a question")
     commands.add_parser("status", help="what runs where; status 1 where something does not")
@@ -153,17 +169,19 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("environment", help="print the exports that let a shell use the stack")
     given = parser.parse_args(arguments)
     try:
-        if given.command in ("up", "passwords"):
-            wrote = stack_settings.write_once()
-            said = "wrote it, with random passwords, for this user alone" if wrote else "is there and stays as it is"
-            print(f"{stack_settings.FILE}: {said}", flush=True)
+        if given.command in ("up", "passwords") and stack_settings.write_once():
+            print(f"wrote {stack_settings.FILE} with random passwords, for this user alone", flush=True)
+        elif given.command == "passwords":
+            print(f"{stack_settings.FILE} is there and stays as it is")
         if given.command == "passwords":
             return 0
         settings = stack_settings.read()
         if given.command in ("status", "environment"):
             return {"status": status, "environment": environment}[given.command](settings)
         with _alone(settings.root):
-            return up(settings) if given.command == "up" else down(settings, delete_data=given.delete_data)
+            return (
+                up(settings, given.service) if given.command == "up" else down(settings, delete_data=given.delete_data)
+            )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -97,6 +97,7 @@ def _s3(settings: Settings) -> Service:
 
 
 def _make_buckets(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # other users of the machine have to ask the store
     for bucket in BUCKETS:
         (folder / bucket).mkdir(parents=True, exist_ok=True)
 
