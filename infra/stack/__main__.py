@@ -35,6 +35,9 @@ def up(settings: Settings, names: list[str]) -> int:
     """Start what does not run or is not well, each after what it needs; names: these and what they need, none: all."""
     processes, came = Processes(settings.root), {}
     waiting = _wanted(services(settings), names)
+    for service in waiting:
+        if processes.find(service) is None:
+            processes.clear(service)
     while waiting:
         wave = [one for one in waiting if all(need in came for need in one.after)]
         for service in wave:

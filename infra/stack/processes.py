@@ -68,19 +68,23 @@ class Processes:
         """Whether it was started as it would be started now."""
         return json.loads(self._note(service).read_text(encoding="utf-8"))["digest"] == _digest(service)
 
-    def start(self, service: Service) -> None:
-        """Start it in the background; raises UserError where its port is taken. wait() says whether it came up.
+    def clear(self, service: Service) -> None:
+        """Make way for one that does not run; raises UserError where somebody else holds its port.
 
         What an earlier one that was killed left behind holds its port, and is ended. Flow runs of a worker that was
         killed hold none; they go on and report by themselves.
         """
-        if service.port is not None:
-            _end(self._marked(service))
-        if service.port is not None and (holder := _listener(*service.port)) is not None:
+        if service.port is None:
+            return
+        _end(self._marked(service))
+        if (holder := _listener(*service.port)) is not None:
             raise UserError(
                 f"{service.name}: port {service.port[1]} of {service.port[0]} is taken{holder}; stop what holds it, or "
                 f"give RANKWISE_{service.name.upper()}_PORT another"
             )
+
+    def start(self, service: Service) -> None:
+        """Start it in the background, after clear(); wait() says whether it came up."""
         service.prepare()
         for folder in (self._notes, self.logs):
             folder.mkdir(parents=True, exist_ok=True)

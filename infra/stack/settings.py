@@ -109,8 +109,12 @@ def read() -> Settings:
     values = known | given | {name: os.environ[name] for name in names if name in os.environ}
 
     def text(name: str) -> str:
-        if not (value := values[name]):
-            raise UserError(f"{name} is empty; write a value into {FILE}, or remove the file for new random secrets")
+        if not (value := values[name]) and not FILE.exists():
+            raise UserError(
+                f"{name} is not set: there is no {FILE}; make up, or python -m infra.stack passwords, writes it"
+            )
+        if not value:
+            raise UserError(f"{name} is empty; write a value into {FILE}")
         return value
 
     def count(name: str, most: int) -> int:
