@@ -19,7 +19,6 @@ import yaml
 from infra.stack import __main__ as command
 from infra.stack import postgres, services, settings
 from infra.stack.databases import NAMES
-from infra.stack.setup import SILENCE, zombie_automation
 from rankwise.types import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -201,11 +200,11 @@ def test_a_run_of_the_docker_pool_is_a_container_that_docker_takes():
     from docker.types import HostConfig
     from prefect_docker.worker import DockerWorkerJobConfiguration
 
-    made = configuration(DockerWorkerJobConfiguration, "docker.json", gpus=2)
+    made = configuration(DockerWorkerJobConfiguration, "docker.json", gpus=2, env={"OF_THE_RUN": "1"})
     more = dict(made.container_create_kwargs)
     host = HostConfig(version="1.44", binds=made.volumes, mem_limit=made.mem_limit, **more)
     assert host["DeviceRequests"][0]["Count"] == 2 and host["CapDrop"] == ["ALL"]
-    assert made.env["MLFLOW_TRACKING_PASSWORD"] == "value of mlflow-password"
+    assert made.env["MLFLOW_TRACKING_PASSWORD"] == "value of mlflow-password" and made.env["OF_THE_RUN"] == "1"
 
 
 @pytest.mark.parametrize("file", sorted(INFRA.glob("accelerate/*.yaml")), ids=lambda file: file.name)
@@ -227,9 +226,10 @@ def test_prefect_reads_every_deployment():
     assert {one.work_pool.name for one in read.deployments} == {settings.POOL}
 
 
-def test_runs_are_given_up_after_three_heartbeats_at_least():
-    trigger = zombie_automation().trigger
-    assert trigger.within == SILENCE and SILENCE.total_seconds() >= 3 * settings.HEARTBEAT_S
+def test_the_stack_and_the_flows_mean_the_same_by_a_name():
+    from flows import automations, stages
+
+    assert (settings.GPU_LIMIT, settings.HEARTBEAT_S) == (stages.GPU_LIMIT, automations.HEARTBEAT_S)
 
 
 # Secrets and settings

@@ -36,7 +36,7 @@ S3_CLIENT = {
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
     "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
 }
-# So often a flow run says that it lives; infra.stack.setup ends those that fall silent.
+# Seconds between signs of life of a flow run that no deployment starts; prefect.yaml has it for the others.
 HEARTBEAT_S = 30
 
 

@@ -1,9 +1,9 @@
 """What Prefect's server has to know before runs come: `python -m infra.stack.setup`, as often as one likes.
 
-The work pool, the limit of GPU stages, an automation that ends runs whose process is gone, and the deployments of
-prefect.yaml. PREFECT_API_URL and PREFECT_API_AUTH_STRING say which server, RANKWISE_GPUS how many GPU stages there may
-be at a time. What a person changed there stays: only what is missing is made; deployments are brought up to date.
-Runs are processes of the worker unless another kind of pool is asked for:
+The work pool, the limit of GPU stages, the automations (flows/automations.py) and the deployments of prefect.yaml.
+PREFECT_API_URL and PREFECT_API_AUTH_STRING say which server, RANKWISE_GPUS how many GPU stages there may be at a time.
+What a person changed there stays: only what is missing is made; deployments are brought up to date. Runs are processes
+of the worker unless another kind of pool is asked for:
 
     python -m infra.stack.setup --type kubernetes --template infra/pools/kubernetes.json
 """
@@ -15,14 +15,9 @@ import json
 import os
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
-from infra.stack.settings import GPU_LIMIT, HEARTBEAT_S, POOL
-
-ZOMBIES = "end runs whose process is gone"
-# Three heartbeats and more may be late on a busy machine; a tighter limit ends runs that are well.
-SILENCE = timedelta(seconds=6 * HEARTBEAT_S)
+from infra.stack.settings import GPU_LIMIT, POOL
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,8 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     with get_client(sync_client=True) as client:
         make_pool(client, given.type, given.template)
         make_gpu_limit(client, int(os.environ.get("RANKWISE_GPUS", "1")))
-        if not client.read_automations_by_name(ZOMBIES):
-            client.create_automation(automation=zombie_automation())
+        make_automations(client)
     deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     done = subprocess.run(deploy, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1", "COLUMNS": "120"})
     if done.returncode != 0:
@@ -74,30 +68,13 @@ def make_gpu_limit(client, gpus: int) -> None:
         client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU_LIMIT, limit=gpus))
 
 
-def zombie_automation():
-    """Crash a run that sent heartbeats and then neither another nor a last state for SILENCE."""
-    from prefect.client.schemas.objects import StateType
-    from prefect.events.actions import ChangeFlowRunState
-    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
-    from prefect.events.schemas.events import ResourceSpecification
+def make_automations(client) -> None:
+    """What Prefect does by itself about runs; the options of flows.automations are for a person."""
+    from flows.automations import wanted
 
-    heartbeat = "prefect.flow-run.heartbeat"
-    last = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
-    return AutomationCore(
-        name=ZOMBIES,
-        trigger=EventTrigger(
-            after={heartbeat},
-            expect={heartbeat, *last},
-            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=SILENCE,
-        ),
-        actions=[
-            ChangeFlowRunState(state=StateType.CRASHED, message=f"no heartbeat for {SILENCE.seconds} seconds"),
-        ],
-    )
+    for automation in wanted():
+        if not client.read_automations_by_name(automation.name):
+            automation.create()
 
 
 if __name__ == "__main__":
