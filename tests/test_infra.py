@@ -196,6 +196,19 @@ def test_a_run_of_the_kubernetes_pool_is_a_job_with_gpus_and_volumes():
     }
 
 
+def test_the_worker_gives_runs_the_secrets_name_and_watches_its_namespace_alone(manifests, monkeypatch):
+    from prefect_kubernetes.settings import KubernetesSettings
+
+    (container,) = pods(manifests)["Deployment/worker"]["containers"]
+    for one in container["env"]:
+        if one["name"].startswith("PREFECT_INTEGRATIONS_"):
+            monkeypatch.setenv(one["name"], one["value"])
+    read = KubernetesSettings()
+    assert read.worker.api_auth_string_secret_name == "rankwise"
+    assert read.worker.api_auth_string_secret_key == "PREFECT_API_AUTH_STRING"
+    assert set(read.observer.namespaces) == {"rankwise"}
+
+
 def test_a_run_of_the_docker_pool_is_a_container_that_docker_takes():
     from docker.types import HostConfig
     from prefect_docker.worker import DockerWorkerJobConfiguration

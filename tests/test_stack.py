@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -32,6 +33,15 @@ def status_of(url: str, **headers: str) -> int:
 
 def python(stack: Stack, text: str) -> str:
     return stack.run(sys.executable, "-c", textwrap.dedent(text))
+
+
+def experiments(stack: Stack) -> set[str]:
+    """Names that MLflow has, asked without its client, which takes seconds to import."""
+    asked = stack.environment()
+    login = base64.b64encode(f"admin:{asked['MLFLOW_TRACKING_PASSWORD']}".encode()).decode()
+    url = f"{asked['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/experiments/search?max_results=100"
+    with urllib.request.urlopen(urllib.request.Request(url, headers={"Authorization": f"Basic {login}"})) as reply:
+        return {one["name"] for one in json.load(reply)["experiments"]}
 
 
 def test_up_ends_with_a_table_of_services_that_are_well(stack):
@@ -168,7 +178,7 @@ def test_a_killed_service_is_started_again_and_the_others_are_left(stack):
     assert again.returncode == 0, again.stdout + again.stderr
     after = leaders()
     assert {name for name in SERVICES if before[name] != after[name]} == {"postgres", "mlflow"}
-    assert "stack" in python(stack, "import mlflow; print([one.name for one in mlflow.search_experiments()])")
+    assert experiments(stack) == {"Default", "stack"}
 
 
 def test_down_leaves_no_process_and_all_data(stack):
