@@ -17,7 +17,7 @@ FLOW_ARGS := $(if $(TARGET),--target $(TARGET)) $(if $(FORCE),--force $(FORCE)) 
 AGAIN     := make run$(if $(TARGET), TARGET=$(TARGET))$(if $(FORCE), FORCE=$(FORCE))$(if $(RECIPE), RECIPE=$(RECIPE))$(if $(DATA), DATA="$(DATA)")
 
 .DEFAULT_GOAL := help
-.PHONY: help run repro test mlflow prefect environment
+.PHONY: help run repro test mlflow prefect up down environment
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,6 +36,12 @@ mlflow: $(READY) ## show training runs and models in MLflow's page
 
 prefect: $(READY) ## show flow runs in Prefect's page, on http://127.0.0.1:4200
 	@$(BIN)/python -m flows.server
+
+up: $(READY) ## a team's services on this machine: PostgreSQL, S3, Prefect, MLflow, a worker (docs/stack.md)
+	@$(BIN)/python -m infra.stack up
+
+down: $(READY) ## stop them, keep their data
+	@$(BIN)/python -m infra.stack down
 
 environment: $(READY) ## make the environment and no more
 

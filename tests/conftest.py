@@ -112,3 +112,13 @@ class Toy:
 @pytest.fixture
 def toy(tmp_path) -> Toy:
     return Toy(tmp_path / "toy")
+
+
+@pytest.fixture(scope="module")
+def stack():
+    """The services of `make up` on free ports, for the tests of a file (tests/stacks.py)."""
+    from stacks import Stack
+
+    running = Stack.start()
+    yield running
+    running.end()
