@@ -28,8 +28,8 @@ from pydantic import Field
 
 from flows import graph, keys, summary
 from flows.command import Command
+from flows.exchange import give_away
 from flows.git import git
-from flows.publish import give_away
 from flows.stages import MISTAKE, NAMES, StageFailed, begin, going, leave_artifact, only_run, run_stage
 from flows.summary import Outcome
 from rankwise.types import UserError

@@ -9,7 +9,7 @@ a commit and not of whatever lies in a folder, and nobody's edits are overwritte
     cache                                    DVC's, unless the repository is a folder here and has one
 
 DVC's remote is the one that RANKWISE_REMOTE names, or else the repository's own. What becomes of a run's results:
-flows/publish.py.
+flows/exchange.py.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rankwise.types import UserError
 from tasks.tracking import home
 
 NOTE = Path(".git") / "rankwise.json"  # in a checkout of a run, and nowhere else
+LOCK = Path(".dvc") / "tmp" / "rankwise.lock"  # held by the run that works in a checkout; .rankwise may be shared
 NONE = "RANKWISE_NO_CHECKOUT"  # why there is none
 SHARED = ("stores", "checkpoints", "mlflow")
 KEPT = 10  # checkouts that nobody works in; they are links into DVC's cache, so they weigh little
@@ -156,15 +157,21 @@ def _share(folder: Path, shared: Path, repository: str) -> None:
             cache = theirs.cache.local_cache_dir
         if (local := here / ".dvc" / "config.local").is_file():
             shutil.copy(local, folder / ".dvc" / "config.local")
-        for path in (here / "data" / "source").glob("*"):
-            if not (mine := folder / "data" / "source" / path.name).exists():
-                mine.parent.mkdir(parents=True, exist_ok=True)
-                mine.symlink_to(path.resolve())
+        _link_data(here, folder)
     with Repo(str(folder)) as own, own.config.edit("local") as config:
         config["cache"]["dir"] = cache
         if remote := os.environ.get("RANKWISE_REMOTE"):
             config["remote"]["run"] = {"url": remote}
             config["core"]["remote"] = "run"
+
+
+def _link_data(theirs: Path, own: Path) -> None:
+    """Link what a person has put into data/source, but for what git or DVC has: that is as the commit says."""
+    for path in (theirs / "data" / "source").glob("*"):
+        mine = own / "data" / "source" / path.name
+        if not mine.exists() and not mine.with_name(f"{path.name}.dvc").exists():
+            mine.parent.mkdir(parents=True, exist_ok=True)
+            mine.symlink_to(path.resolve())
 
 
 def _enter(folder: Path) -> None:
@@ -181,7 +188,7 @@ def _prune(checkouts: Path, *, keep: Path) -> None:
     """Remove the oldest checkouts that nobody works in."""
     folders = [path for path in checkouts.iterdir() if (path / NOTE).exists() and path != keep]
     for old in sorted(folders, key=lambda path: (path / NOTE).stat().st_mtime)[: -KEPT or None]:
-        with contextlib.suppress(OSError), _locked(old / ".rankwise" / "locks" / "flow.lock", fcntl.LOCK_NB):
+        with contextlib.suppress(OSError), _locked(old / LOCK, fcntl.LOCK_NB):
             shutil.rmtree(old)
 
 

@@ -27,7 +27,7 @@ from prefect.states import Completed, Failed, State
 from flows import graph, keys, process, summary
 from flows.align import common_arguments, put_in_place, run_in_order
 from flows.command import Command
-from flows.publish import give_away
+from flows.exchange import give_away
 from flows.stages import MISTAKE, StageFailed, begin, going, leave_artifact, only_run, run_stage
 from flows.summary import Outcome
 from rankwise.types import UserError

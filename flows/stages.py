@@ -22,10 +22,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Cancelled, Completed, Failed, State
 
 from flows import checkout, graph, process, summary
-from flows.publish import remote
+from flows.exchange import begin_with, remote
 from flows.summary import Outcome
 from rankwise.types import UserError
-from tasks.tracking import home
 
 # Stages that ask services outside this machine, through code of the user's too: these are tried again whatever broke,
 # and any other one that says itself that its trouble may pass; after so many seconds each time.
@@ -70,6 +69,7 @@ def begin(*, stage_hours: float, revision: str) -> None:
         get_run_logger().info("a checkout of %s @ %s of %s", own.revision, own.commit[:10], own.repository)
         if own.note:
             get_run_logger().warning("%s", own.note)
+        begin_with()
 
 
 class StageFailed(Exception):
@@ -170,7 +170,7 @@ def leave_artifact(name: str, markdown: str, description: str) -> None:
 @contextlib.contextmanager
 def only_run() -> Iterator[None]:
     """One checkout serves one run at a time; the kernel frees the lock however its holder dies."""
-    path = home() / "locks" / "flow.lock"
+    path = checkout.LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as handle:
         try:

@@ -167,7 +167,7 @@ def test_a_stopped_stage_is_not_revived_by_a_retry(monkeypatch):
 
 
 def test_a_second_run_of_a_checkout_is_refused(finished, api):
-    lock = finished.root / ".rankwise/locks/flow.lock"
+    lock = finished.root / ".dvc/tmp/rankwise.lock"
     with open(lock, "a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         said = finished.run(PREFECT_API_URL=api)

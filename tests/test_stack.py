@@ -10,13 +10,18 @@ import signal
 import stat
 import sys
 import textwrap
+import time
 import urllib.error
 import urllib.request
+from datetime import UTC, datetime, timedelta
 
 import psutil
 import pytest
 import yaml
 from stacks import Stack
+
+from tasks import lineage
+from tasks.recipe import STAGES
 
 pytestmark = pytest.mark.slow
 
@@ -143,6 +148,48 @@ def test_a_large_file_comes_back_from_dvcs_remote(stack):
     shutil.rmtree(stack.root / ".dvc" / "cache" / "files")
     stack.run("dvc", "pull", "--quiet", "sample.bin.dvc")
     assert sample.read_bytes() == before
+
+
+def test_a_schedule_fires_and_its_run_leaves_a_model_to_review_and_data_for_others(stack):
+    """Deployment, schedule, worker, stages, MLflow with a password, S3: all that a night needs, and nobody watching."""
+    soon = (datetime.now(UTC) + timedelta(seconds=15)).isoformat()
+    every_hour = ["--interval", "3600", "--anchor-date", soon]
+    stack.run("prefect", "deployment", "schedule", "create", "align/nightly", *every_hour)
+    state, name = "", ""
+    for _ in range(300):
+        told = python(
+            stack,
+            """
+            from prefect import get_client
+            with get_client(sync_client=True) as client:
+                runs = [run for run in client.read_flow_runs() if run.deployment_id and run.start_time]
+                print("run", runs[0].state.name if runs else "", runs[0].name if runs else "", sep="|")
+            """,
+        )
+        _, state, name = next(line for line in told.splitlines() if line.startswith("run|")).split("|")
+        if state not in ("", "Pending", "Running"):
+            break
+        time.sleep(2)
+    worker = (stack.home / "logs" / "worker.log").read_text()
+    assert state == "Completed" and name.endswith(f", {len(STAGES)} ran"), worker[-4000:]
+
+    versions = python(
+        stack,
+        """
+        import mlflow
+        for one in mlflow.MlflowClient().search_model_versions("name = 'rankwise-policy'"):
+            print("version", one.version, one.tags["policy_md5"])
+        """,
+    )
+    [(number, md5)] = [line.split()[1:] for line in versions.splitlines() if line.startswith("version ")]
+    assert number == "1"
+
+    # Somebody else, who has the repository and the remote, and computes nothing.
+    [branch] = stack.run("git", "branch", "--list", "runs/*-nightly-*").split()
+    stack.run("git", "clone", "-q", "-b", branch, str(stack.root), str(stack.folder / "other"))
+    for words in (["remote", "add", "--local", "--default", "s", "s3://dvc"], ["pull", "--quiet", "models/policy"]):
+        stack.run("dvc", "--cd", str(stack.folder / "other"), *words)
+    assert lineage.md5_of(stack.folder / "other" / "models" / "policy") == md5
 
 
 def test_no_password_is_on_a_command_line_or_in_a_log(stack):

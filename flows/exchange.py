@@ -1,8 +1,9 @@
-"""What a run in a checkout of its own leaves where others find it.
+"""What a run in a checkout of its own takes from others, and what it leaves where they find it.
 
-Data and models go to DVC's remote, where there is one, and with them the run cache, from which another machine takes a
-stage's result instead of running it. params.yaml and dvc.lock become a commit on the branch runs/NAME of the
-repository, so `git checkout` of it and `dvc pull` bring the whole run back.
+It begins with what its revision names and this machine lacks: `dvc pull`. In the end data and models go to DVC's
+remote, where there is one, and with them the run cache, from which another machine takes a stage's result instead of
+running it. params.yaml and dvc.lock become a commit on the branch runs/NAME of the repository, so `git checkout` of it
+and `dvc pull` bring the whole run back.
 """
 
 from __future__ import annotations
@@ -28,6 +29,21 @@ def remote() -> str | None:
 
     with Repo(".") as repo:
         return repo.config["core"].get("remote") or None
+
+
+def begin_with() -> None:
+    """Pull what this run's revision names, imported data above all, if it works in a checkout with a remote.
+
+    A remote that is away stops nothing: what is not here is computed, or missed by the stage that needs it.
+    """
+    if checkout.current() is None or remote() is None:
+        return
+    done = _dvc("pull", "--allow-missing")
+    logger = get_run_logger()
+    if done.returncode == 0:
+        logger.info("dvc pull: %s", last_line(done.stdout).lower())
+    else:
+        logger.warning("dvc pull: %s; the run goes on with what is here", last_line(done.stderr))
 
 
 def give_away(title: str) -> str:
@@ -67,10 +83,14 @@ def publish(title: str) -> State:
 
 
 def _push_data() -> str:
-    done = subprocess.run([sys.executable, "-m", "dvc", "push", "--run-cache"], capture_output=True, text=True)
+    done = _dvc("push", "--run-cache")
     if done.returncode != 0:
         raise RuntimeError(f"dvc push: {last_line(done.stderr)}; the data are in this machine's cache")
     return last_line(done.stdout)
+
+
+def _dvc(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "dvc", *words], capture_output=True, text=True)
 
 
 def _commit(title: str) -> str | None:
