@@ -30,6 +30,8 @@ DESCRIPTION = (
     "`mlflow.pyfunc.load_model('models:/{name}@champion').predict(pandas.DataFrame({{'prompt': ['The film']}}))`"
 )
 
+BELOW_PROMOTION = "\n\n#### Registered\n\n"  # between what a promotion says of a version and what registering said
+
 # Written out, not inferred: inferring loads the model and asks for packages that it does not need.
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("string", "prompt")]),
@@ -60,14 +62,16 @@ def register(
     """Make sure that a version for these weights exists, carries these tags and has the alias that it deserves.
 
     md5 is the weights' DVC md5, the identity of a version. The first version that passes its gates becomes the
-    champion, later ones the challenger; replacing a champion is a person's decision. Returns version, alias and
+    champion, later ones the challenger; tasks.promote replaces a champion. Returns version, alias and
     whether the version is new.
     """
     known = _version_of(client, name, md5)
-    found = known or _log(run_id, folder, name, md5, copy_weights)
-    for key, value in {**tags, "policy_md5": md5, "gates": "passed" if passed else "failed"}.items():
+    found = known or _log(run_id, folder, name, md5, tags, copy_weights)
+    own = {"policy_path": folder, "policy_md5": md5, "gates": "passed" if passed else "failed"}
+    for key, value in {**tags, **own}.items():
         client.set_model_version_tag(name, found.version, key, value)
-    client.update_model_version(name, found.version, _describe(gates, metrics, passed))
+    text = with_promotion(_describe(gates, metrics, passed), promotion_in(found.description or ""))
+    client.update_model_version(name, found.version, text)
     client.update_registered_model(name, DESCRIPTION.format(name=name))
     alias = _give_alias(client, name, found.version) if passed else _take_challenger(client, name, found.version)
     return {"version": str(found.version), "alias": alias, "new": known is None}
@@ -80,6 +84,17 @@ def _describe(gates: list[str], metrics: dict[str, float], passed: bool) -> str:
     return f"{verdict}\n\n{shown}\n\n{number_table('evaluation', intervals(metrics))}"
 
 
+def with_promotion(description: str, text: str) -> str:
+    """A version's description with what a promotion says of it at its head, in place of what an earlier one said."""
+    rest = description.rpartition(BELOW_PROMOTION)[2]
+    return f"{text}{BELOW_PROMOTION}{rest}" if text else rest
+
+
+def promotion_in(description: str) -> str:
+    """What a promotion has said in a description; "" where none has."""
+    return description.rpartition(BELOW_PROMOTION)[0]
+
+
 def _version_of(client: MlflowClient, name: str, md5: str) -> Any | None:
     try:
         versions = client.search_model_versions(f"name = '{name}'")
@@ -90,14 +105,15 @@ def _version_of(client: MlflowClient, name: str, md5: str) -> Any | None:
     )
 
 
-def _log(run_id: str, folder: str, name: str, md5: str, copy_weights: bool) -> Any:
+def _log(run_id: str, folder: str, name: str, md5: str, tags: dict[str, str], copy_weights: bool) -> Any:
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "policy"
         if copy_weights:
             shutil.copytree(folder, data)
         else:
             data.mkdir()
-            (data / "pointer.json").write_text(json.dumps({"path": folder, "md5": md5}) + "\n", encoding="utf-8")
+            pointer = {"path": folder, "md5": md5, "commit": tags.get("git.commit", "")}
+            (data / "pointer.json").write_text(json.dumps(pointer) + "\n", encoding="utf-8")
         with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it asks for an example, and would load the model for it
             logged = mlflow.pyfunc.log_model(

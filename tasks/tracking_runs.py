@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
 from rankwise.types import UserError
@@ -26,6 +28,7 @@ from tasks.tracking import home
 
 HEADLINE = re.compile(r"loss|accura|margin|\bkl|win_rate|reward|distinct|length|agreement|entropy|share|tie", re.I)
 NEVER_HEADLINE = re.compile(r"^time/|per_second")
+METRICS_MD5 = "dvc.metrics_md5"  # tag of a run: the md5 of its stage's metrics.json, under which dvc.lock has it
 LOCK_TRIES = 5  # two stages at once on one SQLite file
 
 
@@ -59,6 +62,7 @@ class Recorder:
         run = self.client.create_run(self.experiment, self.began, tags, self.name)
         self.run_id = run.info.run_id
         self._params(_flat(start["params"]))
+        self.monitor = _system_monitor(self.run_id) if self.kind == "stage" and "backfilled" not in tags else None
 
     def handle(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """Carry out one message; the reply is for those that somebody waits for."""
@@ -92,11 +96,14 @@ class Recorder:
             self.client.set_terminated(self.run_id, "FAILED")
 
     def _do_run(self, message: dict[str, Any]) -> dict[str, Any]:
-        return {"run_id": self.run_id, "experiment_id": self.experiment}
+        return self._link(self.run_id)
 
     def _do_file(self, message: dict[str, Any]) -> None:
-        if Path(message["path"]).is_file():
-            self.client.log_artifact(self.run_id, message["path"])
+        path = Path(message["path"])
+        if path.is_file():
+            self.client.log_artifact(self.run_id, str(path))
+            if path.name == "metrics.json":
+                _retry(self.client.set_tag, self.run_id, METRICS_MD5, lineage.md5_of(path))
 
     def _do_dataset(self, message: dict[str, Any]) -> None:
         path = Path(message["path"])
@@ -119,7 +126,7 @@ class Recorder:
 
     def _do_note(self, message: dict[str, Any]) -> None:
         self.text.append(message["text"])
-        self._write_note("RUNNING")
+        self._write_note("RUNNING", int(time.time() * 1000))
 
     def _do_model(self, message: dict[str, Any]) -> dict[str, Any]:
         facts = {key: value for key, value in message.items() if key != "do"}
@@ -136,12 +143,15 @@ class Recorder:
         return self._link(found[0].info.run_id) if digest and found else {}
 
     def _do_end(self, message: dict[str, Any]) -> dict[str, Any]:
+        end_ms = message.get("ms") or int(time.time() * 1000)
+        if self.monitor is not None:
+            self.monitor.finish()
         if self.kind == "pipeline":
             self._end_children()
         if message["error"]:
             self.text.insert(0, f"**Failed:** {message['error']}")
-        self._write_note(message["status"])
-        _retry(self.client.set_terminated, self.run_id, message["status"], end_time=int(time.time() * 1000))
+        self._write_note(message["status"], end_ms)
+        _retry(self.client.set_terminated, self.run_id, message["status"], end_time=end_ms)
         path = _run_file(self.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"kind": self.kind, **self._link(self.run_id)}) + "\n", encoding="utf-8")
@@ -160,12 +170,12 @@ class Recorder:
         tag = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
         return list(self.client.search_runs([self.experiment], tag, order_by=["attributes.start_time ASC"]))
 
-    def _write_note(self, status: str) -> None:
+    def _write_note(self, status: str, now_ms: int) -> None:
         if self.kind == "pipeline":
             copied = self.client.get_run(self.run_id).data.metrics
             head, table = tracking_notes.headline(copied), tracking_notes.stages(self._children(), self.experiment)
         else:
-            seconds = time.time() - self.began / 1000
+            seconds = (now_ms - self.began) / 1000
             head, table = "", tracking_notes.results(self.final, seconds=seconds, status=status)
         note = "\n\n".join(filter(None, [*self.text, head, table]))
         _retry(self.client.set_tag, self.run_id, "mlflow.note.content", note)
@@ -208,9 +218,28 @@ class Recorder:
             _retry(self.client.log_batch, run_id, metrics=metrics[first : first + 1000])
 
     def _link(self, run_id: str) -> dict[str, str]:
-        uri = os.environ["MLFLOW_TRACKING_URI"]
-        server = re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-        return {"run_id": run_id, "url": f"{server}/{tracking_notes.page(self.experiment, run_id)}"}
+        return {"run_id": run_id, "url": address_of(tracking_notes.page(self.experiment, run_id))}
+
+
+def _system_monitor(run_id: str) -> SystemMetricsMonitor | None:
+    """Samples of the machine's processors, memory, disk, network and GPUs, taken in the worker while a stage runs.
+
+    A stage that is shorter than an interval has none. MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING and
+    MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL are MLflow's own switches; tasks.tracking_worker sets their defaults.
+    """
+    if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
+        return None
+    with contextlib.suppress(Exception):  # a view of the machine is not worth a run
+        monitor = SystemMetricsMonitor(run_id)
+        monitor.start()
+        return monitor
+
+
+def address_of(page: str) -> str:
+    """A page of MLflow's as an address: on the server in use, or where `python -m tasks.tracking ui` shows it."""
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    server = re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    return f"{server}/{page}"
 
 
 def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
