@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
@@ -61,7 +62,9 @@ class Recorder:
         tags = self._tags(start["tags"])
         run = self.client.create_run(self.experiment, self.began, tags, self.name)
         self.run_id = run.info.run_id
-        self._params(_flat(start["params"]))
+        # Of a pipeline all of params.yaml, whichever stages run: two of them are compared by their params.
+        whole = {} if self.kind != "pipeline" else {k: v for k, v in _params_file().items() if k != "rounds"}
+        self._params(_flat(whole | start["params"]))
         self.monitor = _system_monitor(self.run_id) if self.kind == "stage" and "backfilled" not in tags else None
 
     def handle(self, message: dict[str, Any]) -> dict[str, Any] | None:
@@ -115,7 +118,8 @@ class Recorder:
                 source=json.dumps({"path": path.as_posix(), "commit": lineage.git_commit()}),
             )
             context = InputTag("mlflow.data.context", message["role"])
-            _retry(self.client.log_inputs, self.run_id, [DatasetInput(dataset, tags=[context])])
+            for run_id in (self.run_id, *([self.parent] if self.copies else [])):
+                _retry(self.client.log_inputs, run_id, [DatasetInput(dataset, tags=[context])])
 
     def _do_table(self, message: dict[str, Any]) -> None:
         self.client.log_table(self.run_id, message["data"], f"{message['name']}.json")
@@ -172,12 +176,18 @@ class Recorder:
 
     def _write_note(self, status: str, now_ms: int) -> None:
         if self.kind == "pipeline":
-            copied = self.client.get_run(self.run_id).data.metrics
-            head, table = tracking_notes.headline(copied), tracking_notes.stages(self._children(), self.experiment)
+            copied, children = self.client.get_run(self.run_id).data.metrics, self._children()
+            own = [
+                tracking_notes.headline(copied),
+                tracking_notes.setting(_params_file()),
+                tracking_notes.total(children, self.experiment),
+                *self.text,
+                tracking_notes.stages(children, self.experiment),
+            ]
         else:
             seconds = (now_ms - self.began) / 1000
-            head, table = "", tracking_notes.results(self.final, seconds=seconds, status=status)
-        note = "\n\n".join(filter(None, [*self.text, head, table]))
+            own = [*self.text, tracking_notes.results(self.final, seconds=seconds, status=status)]
+        note = "\n\n".join(filter(None, own))
         _retry(self.client.set_tag, self.run_id, "mlflow.note.content", note)
 
     def _tags(self, given: dict[str, str]) -> dict[str, str]:
@@ -219,6 +229,15 @@ class Recorder:
 
     def _link(self, run_id: str) -> dict[str, str]:
         return {"run_id": run_id, "url": address_of(tracking_notes.page(self.experiment, run_id))}
+
+
+def _params_file() -> dict[str, Any]:
+    """What params.yaml says, nothing where there is none: a pipeline's page tells it, its stages check it."""
+    path = Path("params.yaml")
+    with contextlib.suppress(OSError, yaml.YAMLError):
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _system_monitor(run_id: str) -> SystemMetricsMonitor | None:
