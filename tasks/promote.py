@@ -32,6 +32,7 @@ from tasks.stage import Stage, exit_status, only_writer, read_json
 REPORT = Path("reports/promotion")
 RECORD = REPORT / "promotion.json"
 SAMPLE_ROWS = 100  # rows shown in the tracker
+LONGEST_TAG = 5000  # characters, MLflow's own limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +59,6 @@ class Pair:
     def seen(self) -> dict[str, str | None]:
         """The aliases as they were looked at; a move that finds others is refused."""
         return {alias: self.found["aliases"].get(alias) for alias in ("champion", "challenger")}
-
-    def page(self, version: dict[str, Any] | None) -> str:
-        return f"{self.found['url']}/versions/{version['version']}" if version else ""
 
 
 def promote(asked: Asked) -> dict[str, Any]:
@@ -156,7 +154,8 @@ def _compare(
     changed = promotion.changed(rows, settings.tie_below)
     found = {"metrics": metrics, "checks": promotion.as_records(checks), "changed": changed}
     record = _record(pair, "promote" if passed else "keep", promotion.why(checks)) | found
-    record["pages"]["run"] = stage.tracker.page or ""
+    if page := stage.tracker.page:
+        record["pages"] |= {"run": page, "samples": page.replace("?", "/artifacts/samples.json?")}
     _show(record, rows, stage)
     facts = {
         "promotion.verdict": record["verdict"],
@@ -207,8 +206,8 @@ def _record(pair: Pair, verdict: str, reason: str) -> dict[str, Any]:
         "challenger": _version(pair.challenger),
         "checks": [],
         "pages": {
-            "champion": pair.page(pair.champion),
-            "challenger": pair.page(pair.challenger),
+            "champion": pair.champion["url"] if pair.champion else "",
+            "challenger": pair.challenger["url"] if pair.challenger else "",
             "model": pair.found["url"],
         },
         "decision": None,
@@ -235,7 +234,7 @@ def _decided(asked: Asked, pair: Pair, registry: tracking.Registry, record: dict
         return record | {"decision": None}
     challenger, champion = pair.challenger["version"], pair.champion and pair.champion["version"]
     decision = _decision("promoted", asked, record["why"])
-    tags = {challenger: _tags(decision) | {"promotion.previous_champion": champion or ""}}
+    tags = {challenger: _tags(decision, pair.challenger) | {"promotion.previous_champion": champion or ""}}
     if champion:
         tags[champion] = {"promotion.replaced_by": challenger}
     _move(pair, registry, {"champion": challenger, "challenger": None}, tags)
@@ -244,7 +243,7 @@ def _decided(asked: Asked, pair: Pair, registry: tracking.Registry, record: dict
 
 def _reject(asked: Asked, pair: Pair, registry: tracking.Registry, record: dict[str, Any]) -> dict[str, Any]:
     decision = _decision("rejected", asked, "")
-    _move(pair, registry, {"challenger": None}, {pair.challenger["version"]: _tags(decision)})
+    _move(pair, registry, {"challenger": None}, {pair.challenger["version"]: _tags(decision, pair.challenger)})
     return _told(pair, registry, record | {"decision": decision})
 
 
@@ -256,7 +255,12 @@ def _rollback(asked: Asked, pair: Pair, registry: tracking.Registry) -> dict[str
     weights.pick(pair.found, before, pair.name)  # it may have been deleted
     decision = _decision("rolled back", asked, f"version {before} takes its place again")
     gone = pair.champion["version"]
-    _move(pair, registry, {"champion": before}, {gone: _tags(decision), before: {"promotion.replaced_by": ""}})
+    _move(
+        pair,
+        registry,
+        {"champion": before},
+        {gone: _tags(decision, pair.champion), before: {"promotion.replaced_by": ""}},
+    )
     record = _record(pair, "nothing", f"version {gone} was rolled back to version {before}") | {"decision": decision}
     return _told(pair, registry, record | {"champion": _version(weights.pick(pair.found, before, pair.name))})
 
@@ -276,9 +280,12 @@ def _decision(what: str, asked: Asked, rule: str) -> dict[str, str]:
     return {"what": what, "by": by, "reason": asked.reason or rule, "at": at}
 
 
-def _tags(decision: dict[str, str]) -> dict[str, str]:
+def _tags(decision: dict[str, str], version: dict[str, Any]) -> dict[str, str]:
+    """A decision as tags of the version that it is about; earlier ones stay in its history, newest first."""
     names = {"what": "decision", "by": "decided_by", "reason": "reason", "at": "decided_at"}
-    return {f"promotion.{names[key]}": value for key, value in decision.items()}
+    line = f"{decision['at']} {decision['what']} by {decision['by']}: {decision['reason']}"
+    history = f"{line}\n{version['tags'].get('promotion.history', '')}".strip()[:LONGEST_TAG]
+    return {f"promotion.{names[key]}": value for key, value in decision.items()} | {"promotion.history": history}
 
 
 def _told(pair: Pair, registry: tracking.Registry, record: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rankwise.types import Row, show_prompt
 from tasks import promotion
 from tasks.markup import Html, document, table, tag, text_of
 from tasks.pages import STYLE, band, markdown_table
+from tasks.tracking_notes import PAD
 
 SHOWN = 50  # rows of the page at either end: most lost, most won
 LONGEST_TEXT = 4000  # characters of a prompt or an answer that are shown
@@ -123,14 +124,12 @@ def for_terminal(record: Mapping[str, Any]) -> str:
 
 def for_run(record: Mapping[str, Any]) -> str:
     """The head of the comparison's page in MLflow, and of the artifact in Prefect."""
-    pages, links = record["pages"], []
-    for role in ("challenger", "champion"):
-        if record[role]:
-            links.append(f"[{role}: version {number(record[role])}]({pages[role]})")
-    if pages.get("run"):
-        links.append(f"[run, with the samples that changed]({pages['run']})")
-    why = "" if record["decision"] or record["verdict"] == "nothing" else f"{record['why']}."
-    parts = [f"**{headline(record)}**", why, changes(record), " · ".join(links), _markdown(record)]
+    pages = record["pages"]
+    names = {role: f"{role}: version {number(record[role])}" for role in ("challenger", "champion") if record[role]}
+    names |= {"samples": "the answers that differ", "run": "the comparison in MLflow"}
+    links = [f"[{name}]({pages[key]})" for key, name in names.items() if pages.get(key)]
+    why = "" if record["decision"] or record["verdict"] == "nothing" else f" {record['why']}."
+    parts = [f"**{headline(record)}.**{why}", " · ".join(links), changes(record), _markdown(record)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -181,8 +180,13 @@ def _markdown(record: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     head = ["", f"challenger ({number(record['challenger'])})", f"champion ({number(record['champion'])})"]
-    rule = markdown_table(["condition of the rule", "value", "asked for", ""], conditions(record))
-    return "\n".join([*markdown_table(head, rows), "", *rule])
+    rule = _padded(["condition of the rule", "value", "asked for", ""], conditions(record))
+    return "\n".join([*_padded(head, rows), "", *rule])
+
+
+def _padded(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown with space between its cells, which MLflow's page sets without any."""
+    return [line.replace(" |", f"{PAD} |") for line in markdown_table(columns, rows)]
 
 
 def percent(of: Mapping[str, float]) -> str:

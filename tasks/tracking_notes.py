@@ -136,6 +136,11 @@ def page(experiment: str, run_id: str) -> str:
     return f"#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
 
 
+def model_page(name: str, version: str = "") -> str:
+    """The address of a registered model's page within the UI, or of one version's."""
+    return f"#/models/{name}{f'/versions/{version}' if version else ''}?workflowType=machine_learning"
+
+
 def number(value: float) -> str:
     """Three decimals below ten, then fewer; whole numbers whole; small ones in exponents."""
     if float(value).is_integer() and abs(value) < 1e15:

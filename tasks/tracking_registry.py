@@ -14,7 +14,7 @@ from typing import Any
 import mlflow
 from mlflow.exceptions import MlflowException
 
-from tasks import tracking_backfill, tracking_models
+from tasks import tracking_backfill, tracking_models, tracking_notes
 from tasks.tracking_runs import address_of, open_store
 
 
@@ -47,11 +47,15 @@ class Acts:
         versions = [self.client.get_model_version(name, str(one.version)) for one in found]
         return {
             "versions": [
-                {"version": str(one.version), "tags": one.tags, "created_ms": one.creation_timestamp}
+                {
+                    "version": str(one.version),
+                    "tags": one.tags,
+                    "url": address_of(tracking_notes.model_page(name, str(one.version))),
+                }
                 for one in versions
             ],
             "aliases": {alias: str(version) for alias, version in model.aliases.items()},
-            "url": address_of(f"#/models/{name}"),
+            "url": address_of(tracking_notes.model_page(name)),
         }
 
     def do_note(self, name: str, version: str, tags: dict[str, str], text: str) -> dict[str, Any]:
