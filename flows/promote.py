@@ -87,7 +87,8 @@ def _ask(record: dict[str, Any], wait_hours: float) -> dict[str, Any]:
     """Pause until a person decides, then do it; raises FlowPauseTimeout."""
     get_run_logger().info("waiting for a decision: Resume in the page of this run (%s)", headline(record))
     asked = Decision.with_initial_data(
-        description=f"{headline(record)}\n\n{record['why']}\n\nThe facts are in this run's artifact `{ARTIFACT}`.",
+        description=f"**{headline(record)}.** {record['why']}\n\nThe facts are in this run's artifact `{ARTIFACT}`.\n\n"
+        "**Approve** on makes the challenger champion, off turns it down.",
         approve=record["verdict"] == "promote",
     )
     said = pause_flow_run(wait_for_input=asked, timeout=int(3600 * wait_hours), poll_interval=LOOK_EVERY_S)

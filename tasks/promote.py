@@ -147,8 +147,8 @@ def _compare(
         )
     metrics = promotion.renamed(measured.metrics)
     gates = pair.challenger["tags"].get("gates", "unknown")
-    rolled_back = pair.challenger["tags"].get("promotion.decision") == "rolled back"
-    checks = promotion.check(metrics, params, gates=gates, rolled_back=rolled_back)
+    decided = pair.challenger["tags"].get("promotion.decision", "")
+    checks = promotion.check(metrics, params, gates=gates, decided=decided)
     passed = all(one.passed for one in checks)
     rows = measured.samples()
     changed = promotion.changed(rows, settings.tie_below)

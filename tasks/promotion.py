@@ -14,6 +14,7 @@ from typing import Any
 from rankwise.types import Row
 from tasks.params import param
 
+TURNED_DOWN = ("rejected", "rolled back")
 ROLES = {"policy": "challenger", "reference": "champion"}  # names in an evaluation's metrics -> in a promotion's
 
 
@@ -52,13 +53,13 @@ class Check:
         return f"{self.name}: {self.value:.3g}, {self.rule} {self.bound:g} is asked for"
 
 
-def check(metrics: Mapping[str, Any], params: Params, *, gates: str, rolled_back: bool) -> list[Check]:
+def check(metrics: Mapping[str, Any], params: Params, *, gates: str, decided: str = "") -> list[Check]:
     """Every condition with its number; a promotion needs all of them.
 
     Args:
         metrics: of tasks.evaluate.measure, under its names or a promotion's.
         gates: the challenger's tag of its own gates: "passed" or "failed".
-        rolled_back: the challenger was champion once and was taken back.
+        decided: the challenger's tag of an earlier decision, "rejected" or "rolled back"; "" where there is none.
     """
     metrics = renamed(metrics)
     wins = metrics["win_rate"]
@@ -84,8 +85,8 @@ def check(metrics: Mapping[str, Any], params: Params, *, gates: str, rolled_back
         for n in (1, 2)
     ]
     found.append(_fact("its own gates passed" if gates == "passed" else f"its own gates: {gates}", gates == "passed"))
-    if rolled_back:
-        found.append(_fact("it was champion and was taken back: a person decides", False))
+    if decided in TURNED_DOWN:
+        found.append(_fact(f"it was {decided} before: a person decides", False))
     return found
 
 

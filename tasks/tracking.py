@@ -31,6 +31,7 @@ from typing import Any
 from rankwise.types import UserError
 
 PATIENCE_S = 60.0  # how long an answer may take; a server that is gone is known after about ten
+PATIENCE_MODEL_S = 300.0  # the same for a version of a model, some twenty files on a server
 PATIENCE_COPY_S = 3600.0  # the same for a copy of the weights
 PATIENCE_STOPPED_S = 5.0  # the same after SIGTERM, when somebody waits for us to leave
 FULL_POINTS = 1000  # points a run keeps at each density, see Tracker.metrics
@@ -103,7 +104,7 @@ class Tracker:
 
         Waits for the answer: {"version", "alias", "new"}, or None where MLflow could not be reached.
         """
-        patience_s = PATIENCE_COPY_S if facts.get("copy_weights") else PATIENCE_S
+        patience_s = PATIENCE_COPY_S if facts.get("copy_weights") else PATIENCE_MODEL_S
         return self._ask({"do": "model", "folder": str(folder), "name": name, **facts}, patience_s)
 
     def run_of(self, stage: str, *, ran: bool) -> dict[str, str] | None:

@@ -20,7 +20,7 @@ from mlflow.tracking import MlflowClient
 from tasks import lineage
 from tasks.register import flatten
 from tasks.tracking import home
-from tasks.tracking_runs import METRICS_MD5, Recorder
+from tasks.tracking_runs import Recorder, key_of
 
 NOTE = "Recorded afterwards from the files of its report: no speeds, and the time of every point is that of the end."
 
@@ -41,7 +41,7 @@ def backfill(client: MlflowClient, experiment: str) -> list[dict[str, str]]:
             told.append(
                 {"stage": stage, "state": "left", "note": f"{path} is not what dvc.lock says; run: dvc checkout"}
             )
-        elif known := _known(client, experiment, stage, md5):
+        elif known := _known(client, experiment, stage, path):
             told.append({"stage": stage, "state": "known", "note": known})
         else:
             told.append({"stage": stage, "state": "recorded", "note": _record(stage, entry, path)})
@@ -61,14 +61,19 @@ def _report(entry: Mapping[str, Any]) -> tuple[Path, str] | None:
     return None
 
 
-def _known(client: MlflowClient, experiment: str, stage: str, md5: str) -> str:
-    """The run that has a stage's results already, by their digest; "" where there is none."""
-    entry = lineage.lock_entry_md5(stage)
-    for tag, value in ((METRICS_MD5, md5), ("dvc.entry_md5", entry)):
-        runs = client.search_runs([experiment], f"tags.`{tag}` = '{value}'")
-        if found := [run for run in runs if run.info.run_name == stage]:
-            return found[0].info.run_id
+def _known(client: MlflowClient, experiment: str, stage: str, path: Path) -> str:
+    """The run of a stage that has the very numbers of its report; "" where there is none."""
+    curves = {name for _, values in _curves(path.parent) for name in values}  # of these MLflow tells the last step's
+    results = {key_of(name): value for name, value in _results(path).items() if name not in curves}
+    for run in client.search_runs([experiment], f"attributes.run_name = '{stage}' and attributes.status = 'FINISHED'"):
+        if all(run.data.metrics.get(name) == value for name, value in results.items()):
+            return run.info.run_id
     return ""
+
+
+def _results(path: Path) -> dict[str, float]:
+    """The numbers of a metrics file under the names that a stage gives them in MLflow."""
+    return {name.replace(".", "/"): float(value) for name, value in flatten(_json(path)).items()}
 
 
 def _record(stage: str, entry: Mapping[str, Any], path: Path) -> str:
@@ -85,9 +90,8 @@ def _record(stage: str, entry: Mapping[str, Any], path: Path) -> str:
     }
     recorder = Recorder(start)
     points = [{"step": step, "values": values, "ms": end_ms} for step, values in _curves(path.parent)]
-    results = {key.replace(".", "/"): value for key, value in flatten(_json(path)).items()}
     times = {f"time/{key}": value for key, value in timings.items()}
-    recorder.metrics([*points, {"step": None, "values": results | times, "ms": end_ms}])
+    recorder.metrics([*points, {"step": None, "values": _results(path) | times, "ms": end_ms}])
     for file in sorted(file for file in path.parent.rglob("*") if file.is_file()):
         recorder.handle({"do": "file", "path": str(file)})
     recorder.handle({"do": "note", "text": NOTE})

@@ -22,7 +22,12 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 from tasks.tracking_notes import intervals, number_table
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
+# What tasks.servable imports, and no more: a server takes files one by one, and asks for the password each time.
+CODE = {
+    "rankwise": ("__init__.py", "rendering.py", "types.py"),
+    "tasks": ("__init__.py", "lineage.py", "params.py", "servable.py", "tracking.py", "weights.py"),
+}
 REQUIREMENTS = ("torch", "transformers", "safetensors", "numpy", "pandas", "pyyaml")
 
 DESCRIPTION = (
@@ -108,6 +113,10 @@ def _version_of(client: MlflowClient, name: str, md5: str) -> Any | None:
 def _log(run_id: str, folder: str, name: str, md5: str, tags: dict[str, str], copy_weights: bool) -> Any:
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "policy"
+        for package, modules in CODE.items():
+            (Path(scratch) / package).mkdir()
+            for module in modules:
+                shutil.copy(ROOT / package / module, Path(scratch) / package / module)
         if copy_weights:
             shutil.copytree(folder, data)
         else:
@@ -120,7 +129,7 @@ def _log(run_id: str, folder: str, name: str, md5: str, tags: dict[str, str], co
                 name="policy",
                 loader_module="tasks.servable",
                 data_path=str(data),
-                code_paths=[str(HERE), str(HERE.parent / "rankwise")],
+                code_paths=[str(Path(scratch) / package) for package in CODE],
                 signature=SIGNATURE,
                 pip_requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
                 registered_model_name=name,

@@ -30,7 +30,6 @@ from tasks.tracking import home
 
 HEADLINE = re.compile(r"loss|accura|margin|\bkl|win_rate|reward|distinct|length|agreement|entropy|share|tie", re.I)
 NEVER_HEADLINE = re.compile(r"^time/|per_second")
-METRICS_MD5 = "dvc.metrics_md5"  # tag of a run: the md5 of its stage's metrics.json, under which dvc.lock has it
 LOCK_TRIES = 5  # two stages at once on one SQLite file
 
 
@@ -85,9 +84,9 @@ class Recorder:
             for name, value in point["values"].items():
                 if value is None:
                     continue
-                own.append(Metric(_key(name), float(value), point["ms"], step))
+                own.append(Metric(key_of(name), float(value), point["ms"], step))
                 if HEADLINE.search(name) and not NEVER_HEADLINE.search(name):
-                    copied.append(Metric(_key(f"{shown}/{name}"), float(value), point["ms"], at))
+                    copied.append(Metric(key_of(f"{shown}/{name}"), float(value), point["ms"], at))
             if final:
                 self.final |= {name: value for name, value in point["values"].items() if value is not None}
         self._log(self.run_id, own)
@@ -106,8 +105,6 @@ class Recorder:
         path = Path(message["path"])
         if path.is_file():
             self.client.log_artifact(self.run_id, str(path))
-            if path.name == "metrics.json":
-                _retry(self.client.set_tag, self.run_id, METRICS_MD5, lineage.md5_of(path))
 
     def _do_dataset(self, message: dict[str, Any]) -> None:
         path = Path(message["path"])
@@ -211,7 +208,7 @@ class Recorder:
 
     def _params(self, params: dict[str, Any]) -> None:
         def of(prefix: str) -> list[Param]:
-            return [Param(_key(prefix + name), str(value)[:500]) for name, value in params.items()]
+            return [Param(key_of(prefix + name), str(value)[:500]) for name, value in params.items()]
 
         for first in range(0, len(params), 100):
             _retry(self.client.log_batch, self.run_id, params=of("")[first : first + 100])
@@ -298,6 +295,6 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
     """A name that MLflow takes: a round's "dpo@2" becomes "dpo.2"."""
     return re.sub(r"[^\w\-. :/]", ".", name)
