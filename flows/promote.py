@@ -68,6 +68,7 @@ def promote(approval: bool = False, apply: bool = False, wait_hours: float = 72.
     except _TaskFailed as failure:
         return Failed(name=NAMES.get(failure.status, "Failed"), message=str(failure))
     except FlowPauseTimeout:
+        # Prefect's server puts "The flow was NAME and never resumed." in place of any message.
         return Failed(name="Undecided", message=f"nobody decided within {wait_hours:g} hours; no alias was moved")
     said = headline(record)
     outcome = Outcome(stage="promote", state="ran", note=said, seconds=time.monotonic() - began)

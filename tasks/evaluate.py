@@ -113,6 +113,7 @@ def measure(
             f"{paths.prompts / 'eval.parquet'}: no prompt to evaluate on; name some in prompts.files.eval, or let "
             "prompts.eval_share keep some back"
         )
+    stage.tracker.dataset(paths.prompts / "eval.parquet", "held-out prompts")
     drawn = _drawn(prompts, params, paths, stage)
     if not is_first_rank():
         return None

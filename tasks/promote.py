@@ -27,7 +27,7 @@ from rankwise.types import Row, UserError, show_prompt
 from tasks import evaluate, lineage, promotion, promotion_page, rounds, tracking, weights
 from tasks.params import load, read_yaml
 from tasks.promotion import Params
-from tasks.stage import Stage, exit_status, only_writer, read_json
+from tasks.stage import Stage, describe, exit_status, only_writer, read_json
 
 REPORT = Path("reports/promotion")
 RECORD = REPORT / "promotion.json"
@@ -312,7 +312,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _asked(argv: list[str] | None) -> Asked:
     parser = argparse.ArgumentParser(
-        prog="python -m tasks.promote", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tasks.promote",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"parameters (section promote of params.yaml):\n{describe(Params)}".replace("%", "%%"),
     )
     verbs = parser.add_mutually_exclusive_group()
     verbs.add_argument("--apply", action="store_true", help="make the challenger champion where the rule holds")

@@ -52,11 +52,11 @@ def measures(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     metrics = record.get("metrics") or {}
     rows = [
         (f"wins, by {_judge(judge)}", percent(of), percent(_other_side(of)))
-        for judge, of in metrics.get("win_rate", {}).items()
+        for judge, of in _in_order(metrics.get("win_rate", {}))
     ]
     rows += [
         (f"wins at equal length, by {_judge(judge)}", f"{100 * of:.1f} %", f"{100 * (1 - of):.1f} %")
-        for judge, of in metrics.get("win_rate_length_controlled", {}).items()
+        for judge, of in _in_order(metrics.get("win_rate_length_controlled", {}))
     ]
     names = {
         "reward": "reward, by the judge",
@@ -96,8 +96,7 @@ def changes(record: Mapping[str, Any]) -> str:
         return ""
     judged = [
         f"by {_judge(judge)} {of['better']} better, {of['worse']} worse, {of['tie']} alike"
-        for judge, of in found.items()
-        if judge not in ("rows", "of")
+        for judge, of in _in_order(found)
     ]
     return f"{found['rows']} of {found['of']} held-out prompts are answered differently: {'; '.join(judged)}."
 
@@ -200,6 +199,11 @@ def number(version: Mapping[str, str] | None) -> str:
 
 def _other_side(of: Mapping[str, float]) -> dict[str, float]:
     return {"mean": 1 - of["mean"], "low": 1 - of["high"], "high": 1 - of["low"]}
+
+
+def _in_order(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What judges say, the training judge first; a record that was read back is sorted by name."""
+    return [(judge, found[judge]) for judge in ("judge", "gold") if judge in found]
 
 
 def _judge(name: str) -> str:

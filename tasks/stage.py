@@ -257,7 +257,7 @@ def _parse(name: str, params_type: type, paths_type: type, run: Callable) -> arg
         prog=f"python -m tasks.{name}",
         description=module_doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"parameters (section {name} of params.yaml):\n{_describe(params_type)}".replace("%", "%%"),
+        epilog=f"parameters (section {name} of params.yaml):\n{describe(params_type)}".replace("%", "%%"),
     )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (%(default)s)")
     parser.add_argument(
@@ -277,14 +277,15 @@ def _parse(name: str, params_type: type, paths_type: type, run: Callable) -> arg
     return parser.parse_args()
 
 
-def _describe(params_type: type, indent: str = "  ") -> str:
+def describe(params_type: type, indent: str = "  ") -> str:
+    """The parameters of a section for people, one a line, as --help shows them."""
     lines, hints = [], typing.get_type_hints(params_type)
     for spec in fields(params_type):
         default = default_of(spec)
         doc = spec.metadata["doc"]
         if (section := section_of(hints[spec.name])) is not None:
             rest = " (default: null)" if default is None else ""
-            lines += [f"{indent}{spec.name}: {doc}{rest}", _describe(section, indent + "  ")]
+            lines += [f"{indent}{spec.name}: {doc}{rest}", describe(section, indent + "  ")]
         else:
             lines.append(f"{indent}{spec.name:<22} {doc} (default: {default})")
     return "\n".join(lines)

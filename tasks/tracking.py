@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -276,6 +277,7 @@ class _Worker:
     def _fail(self, reason: str) -> None:
         if self._dead:
             return
+        reason = re.sub(r"//[^/@\s]*@", "//", reason)  # MLflow quotes the address, with the password in it
         self._dead, self.trouble = True, _with_mend(reason)
         if self._warns:
             print(

@@ -6,10 +6,13 @@ DVC and the version holds a pointer to them.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -123,7 +126,7 @@ def _log(run_id: str, folder: str, name: str, md5: str, tags: dict[str, str], co
             data.mkdir()
             pointer = {"path": folder, "md5": md5, "commit": tags.get("git.commit", "")}
             (data / "pointer.json").write_text(json.dumps(pointer) + "\n", encoding="utf-8")
-        with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
+        with mlflow.start_run(run_id=run_id), warnings.catch_warnings(), patient():
             warnings.simplefilter("ignore")  # it asks for an example, and would load the model for it
             logged = mlflow.pyfunc.log_model(
                 name="policy",
@@ -136,6 +139,20 @@ def _log(run_id: str, folder: str, name: str, md5: str, tags: dict[str, str], co
                 metadata={"policy_md5": md5},
             )
     return mlflow.MlflowClient().get_model_version(name, str(logged.registered_model_version))
+
+
+@contextlib.contextmanager
+def patient() -> Iterator[None]:
+    """Give a server time for a file: it answers when it has stored the whole, and weights are large."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ.get(name)
+    os.environ[name] = "3600"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _give_alias(client: MlflowClient, name: str, number: str) -> str:

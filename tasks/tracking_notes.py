@@ -10,15 +10,26 @@ IN_LINE = 6  # numbers in the first line: MLflow shows five lines of a note, the
 PAD = "\u00a0\u00a0\u00a0"  # MLflow's page sets table cells without any space between them
 
 
-def results(final: dict[str, float], *, seconds: float, status: str) -> str:
-    """A stage's own results: its state and what counts most in a line, a table of its final numbers below."""
+def results(final: dict[str, float], *, seconds: float, status: str, tables: dict[str, str] | None = None) -> str:
+    """A stage's own results: what counts most, its state and its tables in a few lines, its final numbers below.
+
+    Args:
+        tables: addresses of tables to read, by name.
+    """
     state = {"FINISHED": "Finished in", "RUNNING": "Running for"}.get(status, f"{status.capitalize()} after")
     shown = intervals({name: value for name, value in final.items() if not name.startswith("time/")})
     first = evaluation(final) or " · ".join(f"{name} **{text}**" for name, text in list(shown.items())[:IN_LINE])
     table = number_table("result", dict(list(shown.items())[:ROWS])) if shown else ""
     more = f"\n\n… and {len(shown) - ROWS} more under Metrics." if len(shown) > ROWS else ""
-    parts = [first, f"{state} {duration(seconds)}{cost({'': final})}.", table + more]
-    return "\n\n".join(filter(None, parts))
+    links = "".join(f" · [**{name}**]({address})" for name, address in (tables or {}).items())
+    return "\n\n".join(
+        filter(None, [lines(first, f"{state} {duration(seconds)}{cost({'': final})}{links}"), table + more])
+    )
+
+
+def lines(*parts: str) -> str:
+    """Lines of one paragraph: MLflow shows a hundred pixels of a note, and space between paragraphs is lost on it."""
+    return "  \n".join(filter(None, parts))
 
 
 def headline(metrics: dict[str, float]) -> str:
@@ -41,9 +52,9 @@ def evaluation(metrics: dict[str, float]) -> str:
     if "win_rate_length_controlled/judge" in metrics:
         parts.append(f"{100 * metrics['win_rate_length_controlled/judge']:.1f} % at equal length")
     parts += [f"KL {shown['kl']} nats"] if "kl" in shown else []
-    names = {"length": "words of an answer", "distinct_2": "distinct-2"}
+    names = {"length": "words", "distinct_2": "distinct-2"}
     parts += [
-        f"{label} {shown[f'{name}/policy']} (reference {shown[f'{name}/reference']})"
+        f"{label} {shown[f'{name}/policy']} (reference's {shown[f'{name}/reference']})"
         for name, label in names.items()
         if f"{name}/policy" in shown and f"{name}/reference" in shown
     ]

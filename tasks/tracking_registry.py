@@ -86,8 +86,7 @@ class Acts:
 
     def do_download(self, name: str, version: str, folder: str) -> dict[str, Any]:
         """The copy of the weights that a version holds into a new folder: {"copied": False} where it holds none."""
-        with tempfile.TemporaryDirectory(dir=Path(folder).parent) as scratch:
-            # The pointer is small, so the whole version is fetched only where it holds weights.
+        with tempfile.TemporaryDirectory(dir=Path(folder).parent) as scratch, tracking_models.patient():
             whole = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{version}", dst_path=scratch))
             (data,) = (path for path in (whole / "data").iterdir() if path.is_dir())
             if (data / "pointer.json").is_file():

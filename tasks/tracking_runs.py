@@ -56,6 +56,7 @@ class Recorder:
         self.kind, self.name, self.began = start["kind"], start["name"], start["ms"]
         self.final: dict[str, float] = {}
         self.text: list[str] = []
+        self.tables: list[str] = []
         self.client, self.experiment = open_store()
         self.parent = self._find_parent() if self.kind != "pipeline" else None
         self.copies = self.parent is not None and self.kind == "stage"  # of many points nobody could read the copies
@@ -121,6 +122,7 @@ class Recorder:
 
     def _do_table(self, message: dict[str, Any]) -> None:
         self.client.log_table(self.run_id, message["data"], f"{message['name']}.json")
+        self.tables.append(message["name"])
 
     def _do_tags(self, message: dict[str, Any]) -> None:
         tags = [RunTag(key, value) for key, value in message["tags"].items()]
@@ -162,6 +164,9 @@ class Recorder:
     def _unknown(self, message: dict[str, Any]) -> None:
         raise AssertionError(f"no such message: {message['do']}")
 
+    def _artifact(self, path: str) -> str:
+        return tracking_notes.artifact(self.experiment, self.run_id, path)
+
     def _end_children(self) -> None:
         """A stage whose worker was killed with it still says RUNNING: nobody else will end it."""
         for child in self._children():
@@ -176,15 +181,18 @@ class Recorder:
         if self.kind == "pipeline":
             copied, children = self.client.get_run(self.run_id).data.metrics, self._children()
             own = [
-                tracking_notes.headline(copied),
-                tracking_notes.setting(_params_file()),
-                tracking_notes.total(children, self.experiment),
+                tracking_notes.lines(
+                    tracking_notes.headline(copied),
+                    tracking_notes.total(children, self.experiment),
+                    tracking_notes.setting(_params_file()),
+                ),
                 *self.text,
                 tracking_notes.stages(children, self.experiment),
             ]
         else:
             seconds = (now_ms - self.began) / 1000
-            own = [*self.text, tracking_notes.results(self.final, seconds=seconds, status=status)]
+            tables = {name: self._artifact(f"{name}.json") for name in self.tables}
+            own = [*self.text, tracking_notes.results(self.final, seconds=seconds, status=status, tables=tables)]
         note = "\n\n".join(filter(None, own))
         _retry(self.client.set_tag, self.run_id, "mlflow.note.content", note)
 
