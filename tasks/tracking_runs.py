@@ -26,6 +26,7 @@ from mlflow.tracking import MlflowClient
 
 from rankwise.types import UserError
 from tasks import lineage, tracking_models, tracking_notes
+from tasks.recipe import STAGES
 from tasks.tracking import home
 
 HEADLINE = re.compile(r"loss|accura|margin|\bkl|win_rate|reward|distinct|length|agreement|entropy|share|tie", re.I)
@@ -63,9 +64,7 @@ class Recorder:
         tags = self._tags(start["tags"])
         run = self.client.create_run(self.experiment, self.began, tags, self.name)
         self.run_id = run.info.run_id
-        # Of a pipeline all of params.yaml, whichever stages run: two of them are compared by their params.
-        whole = {} if self.kind != "pipeline" else {k: v for k, v in _params_file().items() if k != "rounds"}
-        self._params(_flat(whole | start["params"]))
+        self._params(_flat((_pipeline_params() if self.kind == "pipeline" else {}) | start["params"]))
         self.monitor = _system_monitor(self.run_id) if self.kind == "stage" and "backfilled" not in tags else None
 
     def handle(self, message: dict[str, Any]) -> dict[str, Any] | None:
@@ -244,6 +243,14 @@ def _params_file() -> dict[str, Any]:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     return {}
+
+
+def _pipeline_params() -> dict[str, Any]:
+    """The params of every stage, whichever will run: pipelines are compared by them."""
+    found = _params_file()
+    rounds = found.get("rounds")
+    named = {name: rounds[name] for name in ("count", "reference", "start") if name in rounds} if rounds else {}
+    return {name: found[name] for name in STAGES if name in found} | ({"rounds": named} if named else {})
 
 
 def _system_monitor(run_id: str) -> SystemMetricsMonitor | None:

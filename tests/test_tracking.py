@@ -341,3 +341,12 @@ def test_the_page_of_a_pipeline_opens_with_result_setting_and_cost():
     spent = {"verdicts": {"judge/prompt_tokens": 900.0, "judge_2/prompt_tokens": 100.0, "judge/money_now": 1.5}}
     told = tracking_notes.cost(spent | {"dpo": {"tokens_seen": 5000.0, "time/tokens_seen": 1.0}})
     assert told == ", 5,000 tokens trained on, judges read 1,000 tokens and wrote 0, 1.50 paid now at the prices given"
+
+
+def test_two_pipelines_are_compared_by_every_parameter_whichever_stages_ran(store):
+    shutil.copy(ROOT / "params.yaml", "params.yaml")
+    with tracking.pipeline_run("align", {"target": "evaluate"}), tracking.stage_run("dpo", {"beta": 0.2}):
+        pass
+    params = runs(store)["align"].data.params
+    assert (params["dpo.beta"], params["rollouts.k"], params["rounds.count"]) == ("0.2", "4", "1")
+    assert not [name for name in params if name.startswith(("frontier.", "promote.", "rounds.each"))]
