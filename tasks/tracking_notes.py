@@ -97,7 +97,7 @@ def total(children: list[Any], experiment: str) -> str:
     ran = {child.info.run_name: child for child in children}
     took = {name: (run.info.end_time - run.info.start_time) / 1000 for name, run in ran.items() if run.info.end_time}
     longest = sorted(took, key=took.get, reverse=True)[:2]
-    said = f"**Cost** {duration(sum(took.values()))} in {len(ran)} stages"
+    said = f"**Cost** {duration(sum(took.values()))} in {len(ran)} stage{'s' if len(ran) > 1 else ''}"
     said += f" ({', '.join(f'{name} {duration(took[name])}' for name in longest)})" if len(took) > 1 else ""
     said += cost({name: run.data.metrics for name, run in ran.items()})
     if evaluated := [run for name, run in ran.items() if name.partition("@")[0] == "evaluate"]:

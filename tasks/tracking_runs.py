@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
@@ -262,7 +261,6 @@ def _system_monitor(run_id: str) -> SystemMetricsMonitor | None:
     if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
         return None
     with contextlib.suppress(Exception):  # a view of the machine is not worth a run
-        psutil.cpu_percent()  # counts from call to call: the first one says 0
         monitor = SystemMetricsMonitor(run_id)
         monitor.start()
         return monitor
