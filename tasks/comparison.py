@@ -129,11 +129,12 @@ def agreement(judge: Judged, gold: Judged) -> dict[str, float]:
     return found
 
 
-def models_metrics(judged: Judged, models: Sequence[str], name: str, *, beta: float | None, kl: float) -> dict:
+def models_metrics(judged: Judged, models: Sequence[str], name: str, *, beta: float | None, kl: float | None) -> dict:
     """Mean scores of the two models, and what follows from them: E1 of the policy, or the share of positive answers.
 
     Args:
         beta: of the policy's training; None where it had none, and no E1 follows.
+        kl: to the other model; None where it was not measured, and no E1 follows.
     """
     from rankwise.evaluation import mean, objective, share
 
@@ -143,7 +144,7 @@ def models_metrics(judged: Judged, models: Sequence[str], name: str, *, beta: fl
     rewards = {model: mean(values) for model, values in scores.items()}
     found = {"reward" if name == "judge" else "gold_reward": {m: one.as_dict() for m, one in rewards.items()}}
     policy, reference = models
-    if name == "judge" and beta is not None:
+    if name == "judge" and beta is not None and kl is not None:
         # E1 of the policy; the reference's own is its reward, its KL being zero.
         found["objective_e1"] = {
             "policy": objective(rewards[policy].mean, kl, beta),

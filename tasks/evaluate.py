@@ -59,24 +59,71 @@ class Paths:
     report: Path = Path("reports/evaluate")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Two models side by side, the policy and what it is held against."""
+
+    prompts: list[Row]
+    answers: dict[str, list[Row]]  # of each of MODELS, one a prompt
+    scores: dict[str, Judged]  # by "judge" and "gold", those that there are
+    metrics: dict[str, Any]
+
+    def samples(self) -> list[Row]:
+        """Both answers to every prompt in one row; log-odds of policy over reference in meta."""
+        rows = []
+        for n, prompt in enumerate(self.prompts):
+            both = tuple(self.answers[model][n].answers[0] for model in MODELS)
+            odds = {f"{name}_log_odds": judged.odds[n] for name, judged in self.scores.items()}
+            rows.append(replace(prompt, answers=both, meta={**prompt.meta, **odds}))
+        return rows
+
+
 def run(params: Params, paths: Paths, stage: Stage) -> None:
+    training = read_json(paths.training)
+    measured = measure(params, paths, stage, beta=training.get("beta"))
+    if measured is None:
+        return
+    metrics = measured.metrics
+    if "held_out_accuracy" in training:
+        metrics["preference_accuracy"] = training["held_out_accuracy"]
+    if "start_loss" in training:
+        metrics["start_loss"] = training["start_loss"]
+    if stage.round > 1:
+        metrics["rounds"] = rounds_so_far(metrics, stage.round, paths.earlier)
+    write_rows(paths.samples, measured.samples())
+    _show(measured, stage)
+    # The tracker shows the first numbers first.
+    stage.finish({name: metrics[name] for name in [*(n for n in HEADLINE if n in metrics), *sorted(metrics)]})
+
+
+def measure(
+    params: Params, paths: Paths, stage: Stage, *, beta: float | None = None, with_kl: bool = True
+) -> Measured | None:
+    """Let the models in paths.policy and paths.sft answer the held-out prompts, and compare what they say.
+
+    What was answered or judged before is taken from the stores. None on every process of a launch but the first.
+
+    Args:
+        beta: of the policy's training against the other model; None where it had none.
+        with_kl: KL and perplexity, for which both models need one tokenizer.
+    """
     prompts = read_rows(paths.prompts / "eval.parquet")
     if not prompts:
         raise UserError(
             f"{paths.prompts / 'eval.parquet'}: no prompt to evaluate on; name some in prompts.files.eval, or let "
             "prompts.eval_share keep some back"
         )
+    stage.tracker.dataset(paths.prompts / "eval.parquet", "held-out prompts")
     drawn = _drawn(prompts, params, paths, stage)
     if not is_first_rank():
-        return
+        return None
     judges = _judges(params, paths)
     answers = {**drawn, "policy": _chosen(drawn["policy"], judges, params, stage)}
     data = _data_answers(prompts, params, paths)
-    training = read_json(paths.training)
     metrics: dict[str, Any] = {
         "prompts": len(prompts),
         **_texts(answers),
-        **_likelihood_metrics(answers["policy"], data, params, paths),
+        **(_likelihood_metrics(answers["policy"], data, params, paths) if with_kl else {}),
         **({"best_of": params.best_of} if params.best_of > 1 else {}),
     }
     if other := _not_its_own(params):
@@ -85,21 +132,12 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     for name, judge in judges.items():
         scores[name] = compared(judge, answers["policy"], answers["reference"], stage=stage, where=f"evaluate.{name}")
         _add_comparison(metrics, name, scores[name], answers, params)
-        metrics |= models_metrics(scores[name], MODELS, name, beta=training.get("beta"), kl=metrics["kl"]["mean"])
+        metrics |= models_metrics(scores[name], MODELS, name, beta=beta, kl=metrics["kl"]["mean"] if with_kl else None)
         if params.against_data and data:
             metrics.setdefault("win_rate_over_data", {})[name] = _over_data(judge, name, answers, data, params, stage)
     if len(scores) == 2:
         metrics["judge_agrees_with_gold"] = agreement(scores["judge"], scores["gold"])
-    if "held_out_accuracy" in training:
-        metrics["preference_accuracy"] = training["held_out_accuracy"]
-    if "start_loss" in training:
-        metrics["start_loss"] = training["start_loss"]
-    if stage.round > 1:
-        metrics["rounds"] = rounds_so_far(metrics, stage.round, paths.earlier)
-    write_rows(paths.samples, _samples(prompts, answers, scores))
-    _show(prompts, answers, scores, metrics, stage)
-    # The tracker shows the first numbers first.
-    stage.finish({name: metrics[name] for name in [*(n for n in HEADLINE if n in metrics), *sorted(metrics)]})
+    return Measured(prompts=prompts, answers=answers, scores=scores, metrics=metrics)
 
 
 def _drawn(prompts: Sequence[Row], params: Params, paths: Paths, stage: Stage) -> dict[str, list[Row]]:
@@ -227,21 +265,11 @@ def _texts(answers: dict[str, list[Row]]) -> dict[str, Any]:
     }
 
 
-def _samples(prompts: Sequence[Row], answers: dict[str, list[Row]], scores: dict[str, Judged]) -> list[Row]:
-    """Both answers to every prompt in one row; log-odds of policy over reference in meta."""
-    rows = []
-    for n, prompt in enumerate(prompts):
-        both = tuple(answers[model][n].answers[0] for model in MODELS)
-        odds = {f"{name}_log_odds": judged.odds[n] for name, judged in scores.items()}
-        rows.append(replace(prompt, answers=both, meta={**prompt.meta, **odds}))
-    return rows
-
-
-def _show(prompts, answers, scores: dict[str, Judged], metrics: dict, stage: Stage) -> None:
+def _show(measured: Measured, stage: Stage) -> None:
     from tasks import plots
 
-    table = []
-    for n, prompt in enumerate(prompts):
+    answers, scores, metrics, table = measured.answers, measured.scores, measured.metrics, []
+    for n, prompt in enumerate(measured.prompts):
         record = {"prompt": show_prompt(prompt.prompt)}
         record |= {model: answers[model][n].answers[0].text for model in reversed(MODELS)}
         better = {name: judged.odds[n] for name, judged in scores.items()}

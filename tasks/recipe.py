@@ -47,7 +47,7 @@ STAGES = (
     "evaluate",
     "register",
 )
-BESIDE = ("policy_gradient", "frontier")  # stages that sweeps alone have
+BESIDE = ("policy_gradient", "frontier", "promote")  # stages that sweeps alone have; a command that is no stage
 SECTIONS = (*STAGES[: STAGES.index("rollouts")], "rounds", *STAGES[STAGES.index("rollouts") :], *BESIDE)
 HEAD = """\
 # What defines a result, one section a stage. Devices, keys, addresses and worker counts are not here.

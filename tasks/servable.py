@@ -3,39 +3,27 @@
     mlflow.pyfunc.load_model("models:/rankwise-policy@champion").predict(pd.DataFrame({"prompt": ["The film"]}))
 
 MLflow calls _load_pyfunc with the folder of the version: the weights themselves, or pointer.json, which says where
-DVC keeps them (from the project's root; RANKWISE_POLICY names another place) and which md5 they must have.
+the project made them and which md5 they have. tasks.weights finds them, from the project's root as the working folder;
+elsewhere RANKWISE_POLICY names a folder that has them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from rankwise.types import UserError, text_prompt
-from tasks import lineage
+from rankwise.types import text_prompt
+from tasks import weights
 
 
 def find_weights(folder: Path) -> Path:
-    """The policy's folder for a version; raises UserError where its weights are missing or are others."""
+    """The policy's folder for a version; raises UserError where its weights are not to be had."""
     pointer = Path(folder) / "pointer.json"
     if not pointer.is_file():
         return Path(folder)
     wanted = json.loads(pointer.read_text(encoding="utf-8"))
-    path = Path(os.environ.get("RANKWISE_POLICY", wanted["path"]))
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"{path}: the weights of this version are not here; in the project, at the commit in the version's tag "
-            f"git.commit, run `dvc pull {wanted['path']}`, or set RANKWISE_POLICY to a folder that has them"
-        )
-    found = lineage.md5_of(path)
-    if found != wanted["md5"]:
-        raise UserError(
-            f"{path}: other weights (md5 {found}) than this version's ({wanted['md5']}); check out the commit in the "
-            f"version's tag git.commit and run `dvc pull {wanted['path']}`, or set RANKWISE_POLICY to their folder"
-        )
-    return path
+    return weights.find(wanted["md5"], Path(wanted["path"]), commit=wanted.get("commit", ""))
 
 
 class Policy:
@@ -78,9 +66,9 @@ class Policy:
 
             from rankwise.rendering import Renderer
 
-            weights = find_weights(self._folder)
-            model = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True).eval()
-            self._loaded = model, Renderer(AutoTokenizer.from_pretrained(weights))
+            folder = find_weights(self._folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
+            self._loaded = model, Renderer(AutoTokenizer.from_pretrained(folder))
         return self._loaded
 
 

@@ -179,15 +179,11 @@ def _settle(path: Path, aside: Path, old: Path) -> None:
 
 
 def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any, Stage], None]) -> int:
-    """The command line of a stage; returns the exit status: 0, 2 a mistake, 75 trouble that may pass, 143 stopped."""
+    """The command line of a stage; returns the exit status, as exit_status does."""
     arguments = _parse(name, params_type, paths_type, run)
     paths = paths_type(**{f.name: getattr(arguments, f.name) for f in fields(paths_type)})
-    _leave_with_parent()
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    keep_freed_memory()
-    spin_briefly()
-    signal.signal(signal.SIGTERM, _stop)
-    try:
+
+    def work() -> None:
         over = read_entry(arguments.over) if arguments.over else {}
         params = rounds.load(arguments.params, name, params_type, arguments.round, over)
         number = arguments.round or 1
@@ -196,8 +192,24 @@ def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any
                 f"--round {number}: without paths of its own it would write over what round 1 left; run it as "
                 f"dvc.yaml does: dvc repro --single-item {name}@{number}"
             )
-        with _only_writer(name, paths):
+        with only_writer(name, paths):
             _run_tracked(name, params, paths, run, arguments.params, number, over)
+
+    return exit_status(name, work)
+
+
+def exit_status(name: str, work: Callable[[], None]) -> int:
+    """Do a command's work; returns 0, 2 for a mistake, 75 for trouble that may pass, 143 when it was stopped.
+
+    What went wrong is said in a line; only a defect of ours keeps its traceback.
+    """
+    _leave_with_parent()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    keep_freed_memory()
+    spin_briefly()
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return os.EX_TEMPFAIL if isinstance(error, Unavailable) else 2
@@ -245,7 +257,7 @@ def _parse(name: str, params_type: type, paths_type: type, run: Callable) -> arg
         prog=f"python -m tasks.{name}",
         description=module_doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"parameters (section {name} of params.yaml):\n{_describe(params_type)}".replace("%", "%%"),
+        epilog=f"parameters (section {name} of params.yaml):\n{describe(params_type)}".replace("%", "%%"),
     )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (%(default)s)")
     parser.add_argument(
@@ -265,21 +277,22 @@ def _parse(name: str, params_type: type, paths_type: type, run: Callable) -> arg
     return parser.parse_args()
 
 
-def _describe(params_type: type, indent: str = "  ") -> str:
+def describe(params_type: type, indent: str = "  ") -> str:
+    """The parameters of a section for people, one a line, as --help shows them."""
     lines, hints = [], typing.get_type_hints(params_type)
     for spec in fields(params_type):
         default = default_of(spec)
         doc = spec.metadata["doc"]
         if (section := section_of(hints[spec.name])) is not None:
             rest = " (default: null)" if default is None else ""
-            lines += [f"{indent}{spec.name}: {doc}{rest}", _describe(section, indent + "  ")]
+            lines += [f"{indent}{spec.name}: {doc}{rest}", describe(section, indent + "  ")]
         else:
             lines.append(f"{indent}{spec.name:<22} {doc} (default: {default})")
     return "\n".join(lines)
 
 
 @contextlib.contextmanager
-def _only_writer(name: str, paths: Any) -> Iterator[None]:
+def only_writer(name: str, paths: Any) -> Iterator[None]:
     """One process at a time writes a stage's outputs; the kernel frees the lock however its holder dies.
 
     Several trees may share RANKWISE_HOME (those of `dvc queue` do): their outputs are not each other's.

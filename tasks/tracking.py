@@ -10,7 +10,8 @@ pipe close. After the first failure there is one warning, then silence.
     RANKWISE_TRACKING=off     no tracking at all
     RANKWISE_PARENT_RUN       set by pipeline_run: the run under which stages put theirs
 
-`python -m tasks.tracking ui` shows the runs in a browser.
+`python -m tasks.tracking ui` shows the runs in a browser; `python -m tasks.tracking backfill` records what ran while
+MLflow was away.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -27,7 +29,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rankwise.types import UserError
+
 PATIENCE_S = 60.0  # how long an answer may take; a server that is gone is known after about ten
+PATIENCE_MODEL_S = 300.0  # the same for a version of a model, some twenty files on a server
 PATIENCE_COPY_S = 3600.0  # the same for a copy of the weights
 PATIENCE_STOPPED_S = 5.0  # the same after SIGTERM, when somebody waits for us to leave
 FULL_POINTS = 1000  # points a run keeps at each density, see Tracker.metrics
@@ -52,6 +57,11 @@ class Tracker:
     def run_id(self) -> str | None:
         """The run's id, waited for up to PATIENCE_S; None where nothing is tracked."""
         return (self._ask({"do": "run"}) or {}).get("run_id")
+
+    @property
+    def page(self) -> str | None:
+        """The address of the run's page, waited for likewise."""
+        return (self._ask({"do": "run"}) or {}).get("url")
 
     def metrics(self, values: dict[str, float], step: int | None = None) -> None:
         """Numbers of a step, or of the whole run when step is None.
@@ -95,7 +105,7 @@ class Tracker:
 
         Waits for the answer: {"version", "alias", "new"}, or None where MLflow could not be reached.
         """
-        patience_s = PATIENCE_COPY_S if facts.get("copy_weights") else PATIENCE_S
+        patience_s = PATIENCE_COPY_S if facts.get("copy_weights") else PATIENCE_MODEL_S
         return self._ask({"do": "model", "folder": str(folder), "name": name, **facts}, patience_s)
 
     def run_of(self, stage: str, *, ran: bool) -> dict[str, str] | None:
@@ -153,6 +163,37 @@ def pipeline_run(name: str, params: dict[str, Any], tags: dict[str, str] | None 
                 os.environ["RANKWISE_PARENT_RUN"] = before
 
 
+class Registry:
+    """The registered models, for commands that are of no use without them: trouble is an error, not a warning."""
+
+    def __init__(self, worker: _Worker):
+        self._worker = worker
+
+    def ask(self, act: str, *, patience_s: float = PATIENCE_S, **facts: Any) -> dict[str, Any]:
+        """The answer to an act of tasks.tracking_registry.
+
+        Raises UserError where MLflow cannot be reached or refuses.
+        """
+        answer = self._worker.ask({"do": act, **facts}, patience_s)
+        if answer is None:
+            raise UserError(self._worker.trouble)
+        if "refused" in answer:
+            raise UserError(answer["refused"])
+        return answer
+
+
+@contextlib.contextmanager
+def registry() -> Iterator[Registry]:
+    """The registry, without a run of its own. Raises UserError where tracking is off or MLflow is away."""
+    if os.environ.get("RANKWISE_TRACKING", "on") == "off":
+        raise UserError("RANKWISE_TRACKING is off, and this command works on MLflow's registry; unset it")
+    worker = _Worker({"kind": "registry"}, warns=False)
+    try:
+        yield Registry(worker)
+    finally:
+        worker.end({"do": "end", "status": "FINISHED"})
+
+
 @contextlib.contextmanager
 def _run(start: dict[str, Any]) -> Iterator[Tracker]:
     off = os.environ.get("RANKWISE_TRACKING", "on") == "off" or os.environ.get("RANK", "0") != "0"
@@ -171,7 +212,8 @@ def _run(start: dict[str, Any]) -> Iterator[Tracker]:
 class _Worker:
     """The process at the other end: lines of JSON to it, replies and at most one error back."""
 
-    def __init__(self, start: dict[str, Any]):
+    def __init__(self, start: dict[str, Any], *, warns: bool = True):
+        self.trouble, self._warns = "", warns
         self._replies: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._dead = False
         log = home() / "mlflow" / "worker.log"
@@ -233,15 +275,29 @@ class _Worker:
             self._fail("its process is gone")
 
     def _fail(self, reason: str) -> None:
-        if not self._dead:
-            self._dead = True
-            self._replies.put(None)
+        if self._dead:
+            return
+        reason = re.sub(r"//[^/@\s]*@", "//", reason)  # MLflow quotes the address, with the password in it
+        self._dead, self.trouble = True, _with_mend(reason)
+        if self._warns:
             print(
                 f"warning: MLflow is not recording this run ({reason}); results are not affected: "
                 "metrics and curves are in the report files",
                 file=sys.stderr,
                 flush=True,
             )
+        self._replies.put(None)  # last: whoever waits for it goes on, and may end
+
+
+def _with_mend(reason: str) -> str:
+    """Why MLflow could not be used, and what to do about it."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").rpartition("@")[2] or f"the store in {home() / 'mlflow'}"
+    mend = "see that MLFLOW_TRACKING_URI names a server that runs"
+    if "401" in reason or "authenticated" in reason:
+        mend = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account of that server"
+    elif "403" in reason or "ermission" in reason:
+        mend = "ask for an account of that server that may edit the experiment and the registered model"
+    return f"MLflow ({uri}): {reason}; {mend} ({home() / 'mlflow/worker.log'} has its own words)"
 
 
 if __name__ == "__main__":

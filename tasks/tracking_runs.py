@@ -16,12 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
 from rankwise.types import UserError
 from tasks import lineage, tracking_models, tracking_notes
+from tasks.recipe import STAGES
 from tasks.tracking import home
 
 HEADLINE = re.compile(r"loss|accura|margin|\bkl|win_rate|reward|distinct|length|agreement|entropy|share|tie", re.I)
@@ -52,13 +56,15 @@ class Recorder:
         self.kind, self.name, self.began = start["kind"], start["name"], start["ms"]
         self.final: dict[str, float] = {}
         self.text: list[str] = []
+        self.tables: list[str] = []
         self.client, self.experiment = open_store()
         self.parent = self._find_parent() if self.kind != "pipeline" else None
         self.copies = self.parent is not None and self.kind == "stage"  # of many points nobody could read the copies
         tags = self._tags(start["tags"])
         run = self.client.create_run(self.experiment, self.began, tags, self.name)
         self.run_id = run.info.run_id
-        self._params(_flat(start["params"]))
+        self._params(_flat((_pipeline_params() if self.kind == "pipeline" else {}) | start["params"]))
+        self.monitor = _system_monitor(self.run_id) if self.kind == "stage" and "backfilled" not in tags else None
 
     def handle(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """Carry out one message; the reply is for those that somebody waits for."""
@@ -77,9 +83,9 @@ class Recorder:
             for name, value in point["values"].items():
                 if value is None:
                     continue
-                own.append(Metric(_key(name), float(value), point["ms"], step))
+                own.append(Metric(key_of(name), float(value), point["ms"], step))
                 if HEADLINE.search(name) and not NEVER_HEADLINE.search(name):
-                    copied.append(Metric(_key(f"{shown}/{name}"), float(value), point["ms"], at))
+                    copied.append(Metric(key_of(f"{shown}/{name}"), float(value), point["ms"], at))
             if final:
                 self.final |= {name: value for name, value in point["values"].items() if value is not None}
         self._log(self.run_id, own)
@@ -92,11 +98,12 @@ class Recorder:
             self.client.set_terminated(self.run_id, "FAILED")
 
     def _do_run(self, message: dict[str, Any]) -> dict[str, Any]:
-        return {"run_id": self.run_id, "experiment_id": self.experiment}
+        return self._link(self.run_id)
 
     def _do_file(self, message: dict[str, Any]) -> None:
-        if Path(message["path"]).is_file():
-            self.client.log_artifact(self.run_id, message["path"])
+        path = Path(message["path"])
+        if path.is_file():
+            self.client.log_artifact(self.run_id, str(path))
 
     def _do_dataset(self, message: dict[str, Any]) -> None:
         path = Path(message["path"])
@@ -108,10 +115,12 @@ class Recorder:
                 source=json.dumps({"path": path.as_posix(), "commit": lineage.git_commit()}),
             )
             context = InputTag("mlflow.data.context", message["role"])
-            _retry(self.client.log_inputs, self.run_id, [DatasetInput(dataset, tags=[context])])
+            for run_id in (self.run_id, *([self.parent] if self.copies else [])):
+                _retry(self.client.log_inputs, run_id, [DatasetInput(dataset, tags=[context])])
 
     def _do_table(self, message: dict[str, Any]) -> None:
         self.client.log_table(self.run_id, message["data"], f"{message['name']}.json")
+        self.tables.append(message["name"])
 
     def _do_tags(self, message: dict[str, Any]) -> None:
         tags = [RunTag(key, value) for key, value in message["tags"].items()]
@@ -119,7 +128,7 @@ class Recorder:
 
     def _do_note(self, message: dict[str, Any]) -> None:
         self.text.append(message["text"])
-        self._write_note("RUNNING")
+        self._write_note("RUNNING", int(time.time() * 1000))
 
     def _do_model(self, message: dict[str, Any]) -> dict[str, Any]:
         facts = {key: value for key, value in message.items() if key != "do"}
@@ -136,12 +145,15 @@ class Recorder:
         return self._link(found[0].info.run_id) if digest and found else {}
 
     def _do_end(self, message: dict[str, Any]) -> dict[str, Any]:
+        end_ms = message.get("ms") or int(time.time() * 1000)
+        if self.monitor is not None:
+            self.monitor.finish()
         if self.kind == "pipeline":
             self._end_children()
         if message["error"]:
             self.text.insert(0, f"**Failed:** {message['error']}")
-        self._write_note(message["status"])
-        _retry(self.client.set_terminated, self.run_id, message["status"], end_time=int(time.time() * 1000))
+        self._write_note(message["status"], end_ms)
+        _retry(self.client.set_terminated, self.run_id, message["status"], end_time=end_ms)
         path = _run_file(self.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"kind": self.kind, **self._link(self.run_id)}) + "\n", encoding="utf-8")
@@ -149,6 +161,9 @@ class Recorder:
 
     def _unknown(self, message: dict[str, Any]) -> None:
         raise AssertionError(f"no such message: {message['do']}")
+
+    def _artifact(self, path: str) -> str:
+        return tracking_notes.artifact(self.experiment, self.run_id, path)
 
     def _end_children(self) -> None:
         """A stage whose worker was killed with it still says RUNNING: nobody else will end it."""
@@ -160,14 +175,23 @@ class Recorder:
         tag = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
         return list(self.client.search_runs([self.experiment], tag, order_by=["attributes.start_time ASC"]))
 
-    def _write_note(self, status: str) -> None:
+    def _write_note(self, status: str, now_ms: int) -> None:
         if self.kind == "pipeline":
-            copied = self.client.get_run(self.run_id).data.metrics
-            head, table = tracking_notes.headline(copied), tracking_notes.stages(self._children(), self.experiment)
+            copied, children = self.client.get_run(self.run_id).data.metrics, self._children()
+            own = [
+                tracking_notes.lines(
+                    tracking_notes.headline(copied),
+                    tracking_notes.total(children, self.experiment),
+                    tracking_notes.setting(_params_file()),
+                ),
+                *self.text,
+                tracking_notes.stages(children, self.experiment),
+            ]
         else:
-            seconds = time.time() - self.began / 1000
-            head, table = "", tracking_notes.results(self.final, seconds=seconds, status=status)
-        note = "\n\n".join(filter(None, [*self.text, head, table]))
+            seconds = (now_ms - self.began) / 1000
+            tables = {name: self._artifact(f"{name}.json") for name in self.tables}
+            own = [*self.text, tracking_notes.results(self.final, seconds=seconds, status=status, tables=tables)]
+        note = "\n\n".join(filter(None, own))
         _retry(self.client.set_tag, self.run_id, "mlflow.note.content", note)
 
     def _tags(self, given: dict[str, str]) -> dict[str, str]:
@@ -190,7 +214,7 @@ class Recorder:
 
     def _params(self, params: dict[str, Any]) -> None:
         def of(prefix: str) -> list[Param]:
-            return [Param(_key(prefix + name), str(value)[:500]) for name, value in params.items()]
+            return [Param(key_of(prefix + name), str(value)[:500]) for name, value in params.items()]
 
         for first in range(0, len(params), 100):
             _retry(self.client.log_batch, self.run_id, params=of("")[first : first + 100])
@@ -208,9 +232,45 @@ class Recorder:
             _retry(self.client.log_batch, run_id, metrics=metrics[first : first + 1000])
 
     def _link(self, run_id: str) -> dict[str, str]:
-        uri = os.environ["MLFLOW_TRACKING_URI"]
-        server = re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-        return {"run_id": run_id, "url": f"{server}/{tracking_notes.page(self.experiment, run_id)}"}
+        return {"run_id": run_id, "url": address_of(tracking_notes.page(self.experiment, run_id))}
+
+
+def _params_file() -> dict[str, Any]:
+    """What params.yaml says, nothing where there is none: a pipeline's page tells it, its stages check it."""
+    path = Path("params.yaml")
+    with contextlib.suppress(OSError, yaml.YAMLError):
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _pipeline_params() -> dict[str, Any]:
+    """The params of every stage, whichever will run: pipelines are compared by them."""
+    found = _params_file()
+    rounds = found.get("rounds")
+    named = {name: rounds[name] for name in ("count", "reference", "start") if name in rounds} if rounds else {}
+    return {name: found[name] for name in STAGES if name in found} | ({"rounds": named} if named else {})
+
+
+def _system_monitor(run_id: str) -> SystemMetricsMonitor | None:
+    """Samples of the machine's processors, memory, disk, network and GPUs, taken in the worker while a stage runs.
+
+    A stage that is shorter than an interval has none. MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING and
+    MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL are MLflow's own switches; tasks.tracking_worker sets their defaults.
+    """
+    if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
+        return None
+    with contextlib.suppress(Exception):  # a view of the machine is not worth a run
+        monitor = SystemMetricsMonitor(run_id)
+        monitor.start()
+        return monitor
+
+
+def address_of(page: str) -> str:
+    """A page of MLflow's as an address: on the server in use, or where `python -m tasks.tracking ui` shows it."""
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    server = re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    return f"{server}/{page}"
 
 
 def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
@@ -248,6 +308,6 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
     """A name that MLflow takes: a round's "dpo@2" becomes "dpo.2"."""
     return re.sub(r"[^\w\-. :/]", ".", name)

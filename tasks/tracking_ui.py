@@ -1,7 +1,4 @@
-"""Show the runs in a browser: starts MLflow's page for the store in use, on this machine only.
-
-MLflow may open on its page for chat applications; the address printed here leads to the last pipeline run.
-"""
+"""MLflow by hand: its page in a browser, and runs for what it missed."""
 
 from __future__ import annotations
 
@@ -13,23 +10,48 @@ import socket
 import sys
 
 from rankwise.types import UserError
-from tasks.tracking import home
+from tasks.tracking import PATIENCE_COPY_S, home, registry
 from tasks.tracking_worker import SETTINGS
+
+UI = """Start MLflow's page for the store in use, on this machine only. MLflow may open on its page for chat
+applications; the address printed leads to the last pipeline run."""
+BACKFILL = """Make a run for each stage of dvc.lock whose results no run has, from the files of its report: numbers,
+curves, parameters, plots. Run twice, it makes nothing twice. It cannot give back what only the stage could say: the
+time of each step, speeds, tables of samples. For the registered model there is `python -m tasks.register`."""
 
 
 def main() -> int:
     """The command line `python -m tasks.tracking`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tasks.tracking", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    ui = commands.add_parser("ui", help="start MLflow's page on 127.0.0.1", description=__doc__)
+    ui = commands.add_parser("ui", help="start MLflow's page on 127.0.0.1", description=UI)
     ui.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (%(default)s)")
     ui.add_argument("--print", action="store_true", dest="only_print", help="print the command, start nothing")
+    commands.add_parser(
+        "backfill",
+        help="record results that no run has",
+        description=BACKFILL,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     arguments = parser.parse_args()
     try:
+        if arguments.command == "backfill":
+            return _backfill()
         return _show(arguments.port, only_print=arguments.only_print)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _backfill() -> int:
+    """Record what is missing, and say of each stage what was done."""
+    with registry() as desk:
+        told = desk.ask("backfill", patience_s=PATIENCE_COPY_S)["runs"]
+    for one in told:
+        print(f"{one['stage']:<22} {one['state']:<9} {one['note']}")
+    states = [one["state"] for one in told]
+    print(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "dvc.lock has no stage yet")
+    return 0
 
 
 def ui_command(port: int) -> list[str]:

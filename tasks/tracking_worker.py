@@ -28,6 +28,8 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the defaults hang 247 s on a server that is gone
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING": "false",
+    "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "true",  # sampled by the worker, so that no step pays for it
+    "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "5",  # seconds
 }
 
 
@@ -48,9 +50,7 @@ def main() -> int:
         if start is None:
             return 0
         logging.disable(logging.INFO)  # a fresh store's migrations
-        from tasks.tracking_runs import Recorder  # not before the settings above: it imports MLflow
-
-        recorder = Recorder(start)
+        recorder = _recorder(start)
         _serve(recorder, messages, replies)
     except Exception as error:
         logging.exception("tracking stopped")
@@ -60,6 +60,17 @@ def main() -> int:
             recorder.give_up()
         return 1
     return 0
+
+
+def _recorder(start: dict[str, Any]) -> Any:
+    """What carries messages out. Not imported before the settings above: it imports MLflow."""
+    if start["kind"] == "registry":
+        from tasks.tracking_registry import Acts
+
+        return Acts()
+    from tasks.tracking_runs import Recorder
+
+    return Recorder(start)
 
 
 def _serve(recorder: Any, messages: queue.Queue, replies: TextIO) -> None:

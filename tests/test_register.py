@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -55,6 +60,7 @@ def project(tmp_path, monkeypatch, tiny_policy):
     """A project in which all stages before register are done."""
     for name, value in SETTINGS.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     monkeypatch.setenv("RANKWISE_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
@@ -111,6 +117,7 @@ def test_same_policy_registers_once_and_aliases_follow_the_gates(project):
         "sft_md5": lineage.md5_of(PATHS.sft),
         "dvc.lock_md5": lineage.md5_of(project / "dvc.lock"),
         "gates": "passed",
+        "policy_path": "models/policy",
     }
     assert "win_rate.judge.low = 0.81, at least 0.5: passed" in first.description
 
@@ -155,7 +162,7 @@ def test_other_weights_than_the_versions_own_are_refused(project, tmp_path):
     (pointer / "pointer.json").write_text(json.dumps(wanted))
     assert find_weights(pointer) == PATHS.policy
     change_weights()
-    with pytest.raises(UserError, match="other weights"):
+    with pytest.raises(UserError, match=r"other weights.*dvc pull"):
         find_weights(pointer)
 
 
@@ -224,3 +231,105 @@ def test_digests_are_dvcs_own(tmp_path):
     dvc("add", "-q", "data", "file.bin")
     assert lineage.md5_of(tmp_path / "data") in (tmp_path / "data.dvc").read_text()
     assert lineage.md5_of(tmp_path / "file.bin") in (tmp_path / "file.bin.dvc").read_text()
+
+
+def test_a_version_carries_every_module_that_loads_it():
+    from test_dvc_yaml import ROOT, imports
+
+    from tasks.tracking_models import CODE
+
+    assert imports(ROOT, "tasks.servable") == {f"{name}/{module}" for name, of in CODE.items() for module in of}
+
+
+@pytest.mark.slow
+def test_a_version_is_asked_by_mlflows_own_commands(project):
+    """`mlflow models predict` on a file, `mlflow models serve` by a request on loopback."""
+    run(tracked=True)
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{project}/home/mlflow/mlflow.db"}
+    mlflow = [sys.executable, "-m", "mlflow", "models"]
+    version = ["-m", "models:/rankwise-policy@champion", "--env-manager", "local"]
+    (project / "in.csv").write_text("prompt\nThe film\nA\n")
+    predict = [*mlflow, "predict", *version, "-i", "in.csv", "-t", "csv", "-o", "out.json"]
+    subprocess.run(predict, env=environment, check=True, capture_output=True, timeout=240)
+    assert len(json.loads((project / "out.json").read_text())["predictions"]) == 2
+    port = free_port()
+    with open(project / "serve.log", "w") as log:
+        serve = [*mlflow, "serve", *version, "--host", "127.0.0.1", "--port", str(port)]
+        server = subprocess.Popen(serve, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        body = {"inputs": {"prompt": ["The film"]}, "params": {"max_new_tokens": 3}}
+        assert len(answer(f"http://127.0.0.1:{port}/invocations", body, server)["predictions"]) == 1
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+@pytest.mark.slow
+def test_behind_a_password_everything_works_and_a_wrong_one_is_told(project, monkeypatch):
+    """A server with basic authentication that keeps artifacts itself: stages, registry, weights, a wrong password."""
+    pytest.importorskip("flask_wtf", reason="the extra mlflow[auth] is not installed")
+    secret, port = "a-long-password-1", free_port()
+    (project / "auth.ini").write_text(
+        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{project}/auth.db\nadmin_username = admin\n"
+        f"admin_password = {secret}\nauthorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    settings = {
+        "MLFLOW_AUTH_CONFIG_PATH": f"{project}/auth.ini",
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "x",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{project}/server.db", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--artifacts-destination", f"{project}/kept"]
+    with open(project / "server.log", "w") as log:
+        server = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True)
+    try:
+        answer(f"http://127.0.0.1:{port}/health", None, server)
+        monkeypatch.setenv("RANKWISE_TRACKING", "on")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        (project / "params.yaml").write_text("register: {name: rankwise-policy}\n")
+
+        def register_and_fetch(password: str, folder: str) -> tuple[bool, subprocess.CompletedProcess]:
+            monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+            with tracking.stage_run("register", {}) as tracker:
+                register.run(params(log_weights=True), PATHS, Stage("register", tracker=tracker, report=PATHS.report))
+                reached = tracker.run_id is not None
+            fetch = [sys.executable, "-m", "tasks.weights", "champion", folder]
+            return reached, subprocess.run(fetch, capture_output=True, text=True, timeout=240)
+
+        reached, told = register_and_fetch("wrong-password", "never")
+        assert not reached and told.returncode == 2 and "set MLFLOW_TRACKING_USERNAME" in told.stderr
+        assert "Traceback" not in told.stderr and secret not in told.stderr
+        reached, told = register_and_fetch(secret, "one")
+        assert reached and told.returncode == 0, told.stderr
+        md5 = lineage.md5_of(PATHS.policy)
+        shutil.rmtree(PATHS.policy)
+        fetch = [sys.executable, "-m", "tasks.weights", "1", "two"]
+        subprocess.run(fetch, check=True, timeout=240)
+        assert lineage.md5_of(project / "one") == lineage.md5_of(project / "two") == md5
+        assert list((project / "kept").rglob("model.safetensors"))
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def answer(url: str, body: dict | None, server: subprocess.Popen) -> dict:
+    """What a server answers, once it does."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    deadline = time.monotonic() + 180
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                text = reply.read()
+                return {} if body is None else json.loads(text)
+        except (urllib.error.URLError, OSError):
+            assert server.poll() is None and time.monotonic() < deadline, "the server does not answer"
+            time.sleep(0.3)

@@ -23,7 +23,7 @@ from fault_server import FaultServer
 from rankwise.checkpoints import load_causal_lm
 from rankwise.rows import read_rows, write_aside, write_rows
 from rankwise.types import UserError
-from tasks.stage import Stage, _flat_numbers, _only_writer, output_folder
+from tasks.stage import Stage, _flat_numbers, only_writer, output_folder
 from tasks.tracking import Tracker
 
 
@@ -103,9 +103,9 @@ def test_trees_that_share_what_outlives_a_run_do_not_refuse_each_other(tmp_path,
     with contextlib.ExitStack() as running:
         for tree in ("a", "b"):
             monkeypatch.chdir(tmp_path / tree)
-            running.enter_context(_only_writer("dpo", object()))
+            running.enter_context(only_writer("dpo", object()))
         with pytest.raises(UserError, match=f"already being run here by process {os.getpid()}"):
-            running.enter_context(_only_writer("dpo", object()))
+            running.enter_context(only_writer("dpo", object()))
 
 
 def test_two_trees_do_not_write_one_checkpoint(tmp_path, monkeypatch, capsys):

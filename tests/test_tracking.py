@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,9 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tasks import lineage, tracking
+from rankwise.types import UserError
+from tasks import lineage, tracking, tracking_notes
 from tasks.tracking_worker import SETTINGS
+
+ROOT = Path(__file__).parent.parent
 
 
 class Killed(BaseException):
@@ -271,3 +276,77 @@ def test_the_ui_command_serves_this_machine_only_and_needs_a_store(fresh):
     told = subprocess.run(command, capture_output=True, text=True).stdout
     assert "--host 127.0.0.1" in told and "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false" in told
     assert f"sqlite:///{fresh}/mlflow/mlflow.db" in told
+
+
+def test_the_machine_is_watched_while_a_stage_runs_and_not_where_that_is_switched_off(store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    for name, switch in (("watched", "true"), ("unwatched", "false")):
+        monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", switch)
+        with tracking.stage_run(name, {}) as tracker:
+            assert tracker.run_id
+            time.sleep(1.0 if name == "watched" else 0.0)
+    found = runs(store)
+    assert found["watched"].data.metrics["system/system_memory_usage_megabytes"] > 0
+    assert not [name for name in found["unwatched"].data.metrics if name.startswith("system/")]
+
+
+def test_results_that_no_run_has_are_recorded_once_and_spoilt_ones_are_left(store, tmp_path):
+    """One stage ran with MLflow away, one was tracked, one has a report that is not what dvc.lock says."""
+    lock = {}
+    for stage, loss in (("sft", 2.5), ("dpo@1", 0.5), ("evaluate@1", 0.1)):
+        report = Path("reports", stage.partition("@")[0])
+        (report / "plots").mkdir(parents=True)
+        (report / "metrics.json").write_text(json.dumps({"rows": 7, "kl": {"mean": loss}}))
+        (report / "plots/curves.csv").write_text(f"step,loss,held_out_loss\n1,{loss + 1},\n2,{loss},{loss}\n")
+        outs = [{"path": f"{report}/metrics.json", "md5": lineage.md5_of(report / "metrics.json")}]
+        name = stage.partition("@")[0]
+        own = {"rounds.each.1.dpo": {"lora": {"r": 16}}} if name == "dpo" else {}
+        params = {name: {"beta": 0.1, "lora": {"r": 8, "alpha": 2}}, **own}
+        lock[stage] = {"cmd": "x", "outs": outs, "params": {"params.yaml": params}}
+    Path("dvc.lock").write_text(yaml.safe_dump({"stages": lock}))
+    Path("reports/evaluate/metrics.json").write_text("{}")
+    with tracking.stage_run("sft", {}) as tracker:
+        tracker.metrics({"rows": 7, "kl/mean": 2.5})
+
+    def told() -> dict[str, str]:
+        with tracking.registry() as registry:
+            return {one["stage"]: one["state"] for one in registry.ask("backfill")["runs"]}
+
+    assert told() == {"sft": "known", "dpo@1": "recorded", "evaluate@1": "left"}
+    assert told() == {"sft": "known", "dpo@1": "known", "evaluate@1": "left"}
+    run = runs(store)["dpo@1"]
+    assert run.data.metrics == {"rows": 7.0, "kl/mean": 0.5, "loss": 0.5, "held_out_loss": 0.5}
+    assert run.data.params == {"beta": "0.1", "lora.r": "16", "lora.alpha": "2"}
+    assert run.data.tags["backfilled"] == "true" and "Recorded afterwards" in run.data.tags["mlflow.note.content"]
+    history = client(store).get_metric_history(run.info.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(1, 1.5), (2, 0.5)]
+
+
+def test_a_command_that_needs_the_registry_says_why_it_has_none(store, monkeypatch, capfd):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://a:b@127.0.0.1:{closed_port()}")
+    said = r"MLflow \(127.0.0.1:\d+\).*names a server that runs"
+    with pytest.raises(UserError, match=said) as told, tracking.registry() as registry:
+        registry.ask("versions", name="m")
+    assert "a:b" not in str(told.value) and capfd.readouterr().err == ""
+
+
+def test_the_page_of_a_pipeline_opens_with_result_setting_and_cost():
+    metrics = {"win_rate/judge/mean": 0.91, "win_rate/judge/low": 0.88, "win_rate/judge/high": 0.94, "kl": 16.0}
+    said = tracking_notes.headline({f"evaluate/{name}": value for name, value in metrics.items()})
+    assert said == "**Wins 91.0 % [88.0, 94.0] by the judge over its reference** · KL 16 nats"
+    setting = tracking_notes.setting(yaml.safe_load((ROOT / "params.yaml").read_text()))
+    assert "**Data** embedded" in setting and "**Judge** reward_model trained, gold callable" in setting
+    assert "β 0.2, learning rate" in setting and "K 4, 1 round" in setting
+    assert tracking_notes.setting({"prompts": 3}) == "", "another project's params.yaml"
+    spent = {"verdicts": {"judge/prompt_tokens": 900.0, "judge_2/prompt_tokens": 100.0, "judge/money_now": 1.5}}
+    told = tracking_notes.cost(spent | {"dpo": {"tokens_seen": 5000.0, "time/tokens_seen": 1.0}})
+    assert told == ", 5,000 tokens trained on, judges read 1,000 tokens and wrote 0, 1.50 paid now at the prices given"
+
+
+def test_two_pipelines_are_compared_by_every_parameter_whichever_stages_ran(store):
+    shutil.copy(ROOT / "params.yaml", "params.yaml")
+    with tracking.pipeline_run("align", {"target": "evaluate"}), tracking.stage_run("dpo", {"beta": 0.2}):
+        pass
+    params = runs(store)["align"].data.params
+    assert (params["dpo.beta"], params["rollouts.k"], params["rounds.count"]) == ("0.2", "4", "1")
+    assert not [name for name in params if name.startswith(("frontier.", "promote.", "rounds.each"))]
