@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger
 from prefect.states import Completed, Failed, State
@@ -30,6 +30,7 @@ from flows import graph, keys, summary
 from flows.command import Command
 from flows.exchange import give_away
 from flows.git import git
+from flows.promote import promote
 from flows.stages import MISTAKE, NAMES, StageFailed, begin, going, leave_artifact, only_run, run_stage
 from flows.summary import Outcome
 from rankwise.types import UserError
@@ -41,6 +42,7 @@ from tasks.rounds import check
 PARAMS = Path("params.yaml")
 # What a deployment's form offers; a command line also takes a round's stage (dpo@2).
 Target = Annotated[str, Field(json_schema_extra={"enum": ["all", *recipes.STAGES]})]
+Promotion = Literal["no", "rule", "person"]
 
 
 def _run_name() -> str:
@@ -63,6 +65,7 @@ def align(
     overrides: tuple[str, ...] = (),
     data: tuple[str, ...] = (),
     force: tuple[str, ...] = (),
+    promotion: Promotion = "no",
     stage_hours: float = 0,
     revision: str = "",
 ) -> State:
@@ -74,6 +77,7 @@ def align(
         overrides: values that stand over the recipe's, such as dpo.beta=0.3
         data: files or folders of the worker's machine that the recipe reads
         force: stages to run although nothing changed
+        promotion: who decides whether the new policy becomes champion: no one, the rule, or a person in Prefect's page
         stage_hours: stop a stage that takes longer; it leaves a checkpoint, from which a new run goes on; 0: no limit
         revision: a branch, tag or commit (deployments alone); empty: the tip of the branch that it was deployed from
     """
@@ -97,7 +101,12 @@ def align(
     left = [asdict(outcome) for outcome in outcomes]
     if failed := give_away(_title(outcomes)):
         return Failed(name="Unpublished", message=f"every stage is done, but {failed}", data=left)
-    return Completed(message=summary.counts(outcomes), data=left)
+    said = summary.counts(outcomes)
+    if promotion != "no" and any(outcome.stage == "register" for outcome in outcomes):
+        # Last, since a person may take days. A run of its own, which tells its failure by itself.
+        told = promote(approval=promotion == "person", apply=promotion == "rule", return_state=True)
+        said = f"{said}; promotion: {told.message}"
+    return Completed(message=said, data=left)
 
 
 def prepare(
@@ -206,6 +215,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--force", metavar="STAGE", action="append", default=[], help="run this stage although nothing changed"
+    )
+    parser.add_argument(
+        "--promotion",
+        choices=["no", "rule", "person"],
+        default="no",
+        help="who decides on the new policy (%(default)s)",
     )
     common_arguments(parser)
 

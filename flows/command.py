@@ -6,6 +6,7 @@ The last words of a run that failed are the stage, the reason and the command to
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import shlex
 import signal
@@ -36,7 +37,7 @@ class Command:
     module: str  # what `python -m` runs
     doc: str
     flow: Any
-    prepare: Callable[..., list[graph.Node]]  # the flow's arguments -> the stages that it will run
+    prepare: Callable[..., list[graph.Node]]  # those of the flow's arguments that it names -> the stages that will run
     arguments: Callable[[argparse.ArgumentParser], None]
     show: Callable[..., None]  # (outcomes, prefect=where the run is to be seen): the end table
 
@@ -49,7 +50,8 @@ class Command:
         record = given.pop("record")
         try:
             with only_run():  # nothing is put in place under a run that is going on
-                nodes = self.prepare(**{name: value for name, value in given.items() if name != "stage_hours"})
+                wanted = inspect.signature(self.prepare).parameters
+                nodes = self.prepare(**{name: value for name, value in given.items() if name in wanted})
             return self._run(given, nodes, again, record=record)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -32,18 +32,19 @@ def remote() -> str | None:
 
 
 def begin_with() -> None:
-    """Pull what this run's revision names, imported data above all, if it works in a checkout with a remote.
+    """Bring what this run's revision names, imported data above all, if it works in a checkout: from DVC's remote, or
+    where there is none from this machine's cache.
 
     A remote that is away stops nothing: what is not here is computed, or missed by the stage that needs it.
     """
-    if checkout.current() is None or remote() is None:
+    if checkout.current() is None:
         return
-    done = _dvc("pull", "--allow-missing")
-    logger = get_run_logger()
+    verb = "checkout" if remote() is None else "pull"
+    done, logger = _dvc(verb, "--allow-missing"), get_run_logger()
     if done.returncode == 0:
-        logger.info("dvc pull: %s", last_line(done.stdout).lower())
+        logger.info("dvc %s: %s", verb, last_line(done.stdout, "nothing to bring").lower())
     else:
-        logger.warning("dvc pull: %s; the run goes on with what is here", last_line(done.stderr))
+        logger.warning("dvc %s: %s; the run goes on with what is here", verb, last_line(done.stderr))
 
 
 def give_away(title: str) -> str:

@@ -15,7 +15,7 @@ def git(*words: str, where: str | Path = ".", check: bool = True) -> subprocess.
     return done
 
 
-def last_line(text: str) -> str:
+def last_line(text: str, nothing: str = "it said nothing") -> str:
     """The last line that says something."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else nothing

@@ -23,12 +23,13 @@ from prefect import flow, get_run_logger
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 from pydantic import Field
 
 from flows import graph, keys, process
 from flows.command import Command
-from flows.stages import MISTAKE, NAMES, leave_artifact, only_run
+from flows.stages import MISTAKE, NAMES, begin, leave_artifact, only_run
 from flows.summary import Outcome
 from rankwise.types import UserError
 from tasks.promote import RECORD
@@ -47,15 +48,18 @@ class Decision(RunInput):
 
 
 @flow(name="promote", flow_run_name="promote", persist_result=False)
-def promote(approval: bool = False, apply: bool = False, wait_hours: float = 72.0) -> State:
+def promote(approval: bool = False, apply: bool = False, wait_hours: float = 72.0, revision: str = "") -> State:
     """Compare the challenger with the champion, and move the alias if the rule or a person says so.
 
     Args:
         approval: a person decides, whatever the rule says
         apply: the rule decides; not together with approval
         wait_hours: how long a person may take
+        revision: the branch of the run that made the challenger, runs/NAME (deployments alone)
     """
     try:
+        if flow_run.parent_flow_run_id is None:  # else the run that this is a part of has begun
+            begin(revision=revision)
         prepare(approval=approval, apply=apply, wait_hours=wait_hours)
         began = time.monotonic()
         with only_run():

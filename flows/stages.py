@@ -55,7 +55,7 @@ class Going:
 going: ContextVar[Going] = ContextVar("going")
 
 
-def begin(*, stage_hours: float, revision: str) -> None:
+def begin(*, revision: str, stage_hours: float = 0) -> None:
     """Set out on a run; raises UserError where its arguments do not fit the place that it runs in."""
     checkout.refuse_none()
     own = checkout.current()

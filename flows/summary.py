@@ -56,7 +56,7 @@ def metrics_markdown(stage: str, mlflow_run: str | None = None) -> str | None:
         return None
     rows = ["| metric | value |", "|---|---:|"]
     rows += [f"| {name} | {_short(value)} |" for name, value in flatten(metrics).items()]
-    last = _read(HOME / "mlflow" / "runs" / f"{stage}.json").get("url")
+    last = _read(HOME / "runs" / f"{stage}.json").get("url")
     link = f"[MLflow run of {stage}]({mlflow_run})" if mlflow_run else f"[last MLflow run of {stage}]({last})"
     return (f"{link}\n\n" if mlflow_run or last else "") + "\n".join(rows)
 

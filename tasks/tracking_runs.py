@@ -298,7 +298,7 @@ def _retry(write: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
 
 
 def _run_file(name: str) -> Path:
-    return home() / "mlflow" / "runs" / f"{name}.json"
+    return home() / "runs" / f"{name}.json"  # not below mlflow, which checkouts of several runs share
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
