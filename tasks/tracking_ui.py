@@ -85,9 +85,7 @@ def _show(port: int, *, only_print: bool) -> int:
 
 def _last_pipeline() -> str:
     """The page of the run that ended last, a pipeline's before a stage's; "" where there is none."""
-    runs = [
-        json.loads(path.read_text()) | {"at": path.stat().st_mtime} for path in (home() / "runs").glob("*.json")
-    ]
+    runs = [json.loads(path.read_text()) | {"at": path.stat().st_mtime} for path in (home() / "runs").glob("*.json")]
     runs.sort(key=lambda run: (run["kind"] == "pipeline", run["at"]))
     return "#" + runs[-1]["url"].partition("#")[2] if runs else ""
 
