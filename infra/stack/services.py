@@ -118,6 +118,7 @@ def _prefect(settings: Settings) -> Service:
             "PREFECT_HOME": str(settings.root / "prefect"),
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg:///prefect",
             "PREFECT_SERVER_API_AUTH_STRING": f"{ADMIN}:{settings.prefect_password}",
+            "PREFECT_UI_URL": settings.url("prefect"),  # what links in notifications begin with
             "PREFECT_SERVER_UI_API_URL": "/api",  # relative: the page works under any name of this machine
         },
         healthy=lambda: _status(f"{settings.url('prefect')}/api/health") == 200,
