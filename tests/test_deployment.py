@@ -19,13 +19,14 @@ import pytest
 from conftest import Toy
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.filters import DeploymentFilter
 from prefect.events import emit_event
 from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from test_flow import alive, task_runs, wait_for
 
-from flows import checkout, server
+from flows import checkout, server, stages
 from flows.git import git
 from rankwise.types import UserError
 
@@ -40,6 +41,9 @@ class Project(Toy):
         super().__init__(root)
         shutil.copy(ROOT / "prefect.yaml", root)
         (root / "flows").symlink_to(ROOT / "flows")
+        (root / "dvc.yaml").write_text(
+            (root / "dvc.yaml").read_text().replace("  sft:", "  sft:\n    meta: {accelerated: true}")
+        )
         self.remote = root.parent / "remote"
         self.environment = {
             "PREFECT_API_URL": url,
@@ -171,8 +175,16 @@ def test_deploying_asks_nothing_and_the_nightly_one_is_scheduled(project, client
 def test_a_run_is_of_a_commit_shares_the_cache_and_publishes(project, client, tmp_path):
     """Whoever works in the repository's folder is left alone, and finds the results on a branch and in the remote."""
     (project.root / "stage.py").write_text("raise SystemExit('an edit that no commit has')\n")
+    # Another run has the only GPU: the first stage that wants one waits.
+    client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=stages.GPU_LIMIT, limit=1))
+    client.increment_concurrency_slots([stages.GPU_LIMIT], 1, "concurrency")
     try:
         first = project.order(target="sft")
+        begun = project.root / ".rankwise" / "checkouts"
+        assert wait_for(lambda: list(begun.glob(f"*-{first[:8]}/prompts.txt")), 90)
+        time.sleep(5)
+        assert not list(begun.glob(f"*-{first[:8]}/sft.pid"))
+        client.release_concurrency_slots([stages.GPU_LIMIT], 1, 5.0)
         state = end_of(client, first)
     finally:
         project.command("git", "checkout", "stage.py")
@@ -267,6 +279,69 @@ def test_a_cancellation_reaches_the_stage_which_leaves_a_checkpoint(project, cli
     assert end_of(client, run, 60).is_cancelled()
     assert (folder / "prompts.checkpoint").exists()
     assert wait_for(lambda: not everyone_below(run))
+
+
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    """The toy project under git, with data of a person's in data/source."""
+    toy = Toy(tmp_path / "toy")
+    source = toy.root / "data" / "source"
+    source.mkdir(parents=True)
+    (toy.root / ".gitignore").open("a").write("/data/source/?*\n!/data/source/*.dvc\n")
+    (source / "linked").symlink_to(tmp_path)
+    (source / "imported.csv").write_text("as it is today")
+    (source / "imported.csv.dvc").write_text("outs: [{path: imported.csv, md5: 0123456789abcdef0123456789abcdef}]\n")
+    toy.command("git", "add", "-A")
+    toy.command("git", "commit", "-q", "-m", "a toy", **AUTHOR)
+    return toy.root
+
+
+def made(repository: Path, name: str, revision: str = "HEAD") -> Path:
+    folder = repository / ".rankwise" / "checkouts" / name
+    checkout._make(folder, repository / ".rankwise", str(repository), revision)
+    return folder
+
+
+def test_a_checkout_shares_what_is_costly_and_takes_data_of_the_commit_alone(repository, monkeypatch):
+    monkeypatch.setenv("RANKWISE_REMOTE", "s3://bucket/path")
+    (repository / "stage.py").write_text("an edit")
+    folder = made(repository, "one")
+    monkeypatch.chdir(folder)
+    here = checkout.current()
+    assert here.branch == "runs/one" and here.commit == git("rev-parse", "HEAD").stdout.strip()
+    assert "1 file(s)" in here.note and "stage.py" in here.note and "an edit" not in Path("stage.py").read_text()
+    assert (Path(".rankwise") / "stores").resolve() == repository / ".rankwise" / "stores"
+    assert (Path("data") / "source" / "linked").resolve() == repository.parent
+    assert not (Path("data") / "source" / "imported.csv").exists(), "its version is the commit's, for DVC to bring"
+    from dvc.repo import Repo
+
+    with Repo(".") as own:
+        assert own.cache.local_cache_dir == str(repository / ".dvc" / "cache")
+        assert own.config["remote"][own.config["core"]["remote"]]["url"] == "s3://bucket/path"
+    assert git("status", "--porcelain").stdout == ""
+
+
+def test_a_person_s_folder_is_no_checkout_of_a_run(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    assert checkout.current() is None
+    with pytest.raises(UserError, match="use git to change it"):
+        stages.begin(revision="main")
+
+
+def test_an_unknown_revision_leaves_nothing_behind(repository):
+    with pytest.raises(UserError, match="has no revision 'nowhere': name a branch, a tag or a commit"):
+        made(repository, "one", "nowhere")
+    assert list((repository / ".rankwise" / "checkouts").iterdir()) == []
+
+
+def test_old_checkouts_go_but_none_that_a_run_works_in(repository, monkeypatch):
+    monkeypatch.setattr(checkout, "KEPT", 1)
+    folders = [made(repository, name) for name in ("a", "b", "c", "d")]
+    for age, folder in enumerate(folders):
+        os.utime(folder / checkout.NOTE, (age, age))
+    with checkout._locked(folders[0] / checkout.LOCK, 0):
+        checkout._prune(folders[0].parent, keep=folders[3])
+    assert [folder.exists() for folder in folders] == [True, False, True, True]
 
 
 def test_a_repository_elsewhere_needs_a_home_for_what_runs_share(monkeypatch):

@@ -206,6 +206,13 @@ def test_killing_the_flow_leaves_no_children(toy, api):
     assert wait_for(lambda: not alive(int(dvc)), 5)
 
 
+def test_a_stage_that_takes_too_long_leaves_a_checkpoint_and_is_not_tried_again(toy, api):
+    said = toy.run("--stage-hours", "0.001", PREFECT_API_URL=api, TOY_NAP="120")
+    assert said.returncode == 1 and (toy.root / "prompts.checkpoint").exists()
+    assert "stage prompts failed: took longer than 0.001 h" in said.stdout and toy.attempts() == ["prompts"]
+    assert toy.run("--stage-hours", "1", PREFECT_API_URL=api).returncode == 0
+
+
 def test_the_end_table_shows_what_was_measured_and_nothing_else():
     report = {
         "win_rate": {"judge": {"mean": 0.914, "low": 0.88, "high": 0.94}},
