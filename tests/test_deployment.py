@@ -110,8 +110,8 @@ def project(api, tmp_path_factory):
     project.start_worker()
     project.prefect("deploy", "--all")
     yield project
-    os.killpg(project.worker.pid, signal.SIGTERM)
-    project.worker.wait(30)
+    os.killpg(project.worker.pid, signal.SIGKILL)
+    project.worker.wait()
 
 
 @pytest.fixture(scope="module")

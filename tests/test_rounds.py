@@ -51,7 +51,8 @@ def before_rounds(tmp_path_factory) -> tiny.Project:
 
 
 def written(stage: dict) -> list[str]:
-    return [path for kind in ("outs", "metrics", "plots") for path in stage.get(kind, [])]
+    entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
+    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
 
 
 @pytest.fixture(scope="module")
