@@ -34,7 +34,7 @@ def one_round() -> dict[str, dict[str, Any]]:
 
 def _filled(value: Any, known: dict[str, Any]) -> Any:
     if isinstance(value, dict):
-        return {name: _filled(item, known) for name, item in value.items()}
+        return {_filled(name, known): _filled(item, known) for name, item in value.items()}
     if isinstance(value, list):
         return [_filled(item, known) for item in value]
     if isinstance(value, str):
