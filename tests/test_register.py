@@ -245,7 +245,9 @@ def test_a_version_carries_every_module_that_loads_it():
 def test_a_version_is_asked_by_mlflows_own_commands(project):
     """`mlflow models predict` on a file, `mlflow models serve` by a request on loopback."""
     run(tracked=True)
-    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{project}/home/mlflow/mlflow.db"}
+    # MLflow starts uvicorn by its name.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{project}/home/mlflow/mlflow.db", "PATH": path}
     mlflow = [sys.executable, "-m", "mlflow", "models"]
     version = ["-m", "models:/rankwise-policy@champion", "--env-manager", "local"]
     (project / "in.csv").write_text("prompt\nThe film\nA\n")
