@@ -88,7 +88,7 @@ def test_a_server_that_is_gone_is_not_asked_for_all_the_rest():
         pytest.raises(UserError, match=r"2\d in a row, and no more were tried"),
     ):
         answers(server, wanted(1000), retries=0)
-    assert 120 <= len(server.asked) <= 130
+    assert 120 <= len(server.asked) <= 150  # those under way when it is given up
 
 
 def test_retry_after_is_respected():
