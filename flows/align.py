@@ -27,6 +27,7 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field
 
 from flows import graph, keys, summary
+from flows.checkout import current, finish
 from flows.command import Command
 from flows.exchange import give_away
 from flows.git import git
@@ -84,6 +85,8 @@ def align(
     given = {"target": target, "recipe": recipe, "overrides": overrides, "data": data, "force": force}
     try:
         begin(stage_hours=stage_hours, revision=revision)
+        if promotion != "no" and target != "all":
+            raise UserError(f"promotion by {promotion} wants a registered policy; target {target} ends before it")
         with only_run():
             nodes = prepare(**given)
             going.get().environment = keys.from_secrets(os.environ)
@@ -93,20 +96,41 @@ def align(
         return Failed(name=MISTAKE, message=str(error))
     except StageFailed as failure:
         _leave_summary(failure.outcomes)
-        give_away(_title(failure.outcomes))
-        name = NAMES.get(failure.stage.status, "Failed")
-        return Failed(name=name, message=str(failure), data=[asdict(outcome) for outcome in failure.outcomes])
+        unpublished = give_away(_title(failure.outcomes))
+        name, said = NAMES.get(failure.stage.status, "Failed"), "; ".join(filter(None, [str(failure), unpublished]))
+        return Failed(name=name, message=said, data=[asdict(outcome) for outcome in failure.outcomes])
     _leave_summary(outcomes)
     _tell_of_gates(outcomes)
     left = [asdict(outcome) for outcome in outcomes]
     if failed := give_away(_title(outcomes)):
         return Failed(name="Unpublished", message=f"every stage is done, but {failed}", data=left)
-    said = summary.counts(outcomes)
-    if promotion != "no" and any(outcome.stage == "register" for outcome in outcomes):
-        # Last, since a person may take days. A run of its own, which tells its failure by itself.
-        told = promote(approval=promotion == "person", apply=promotion == "rule", return_state=True)
-        said = f"{said}; promotion: {told.message}"
-    return Completed(message=said, data=left)
+    if promotion != "no" and (failed := _promotion(promotion, outcomes)):
+        return Failed(name="Unpromoted", message=f"every stage is done, but {failed}", data=left)
+    finish()
+    return Completed(message=summary.counts(outcomes), data=left)
+
+
+def _promotion(by: str, outcomes: list[Outcome]) -> str:
+    """Hold a policy that is new against the champion; returns what failed, "" where nothing did.
+
+    In a run of a checkout's own it becomes a run of its own, since a person may take days and nothing waits for it.
+    """
+    logger = get_run_logger()
+    if not any(outcome.stage == "register" and outcome.state == "ran" for outcome in outcomes):
+        logger.info("promotion: not asked for, the policy was registered before")
+        return ""
+    asked = {"approval": by == "person", "apply": by == "rule"}
+    if (own := current()) is None:
+        told = promote(**asked, return_state=True)
+        return "" if told.is_completed() else f"promotion failed: {told.message}"
+    from prefect.deployments import run_deployment
+
+    try:
+        ordered = run_deployment("promote/promote", parameters={**asked, "revision": own.branch}, timeout=0)
+    except Exception as error:  # not deployed, or the server is away
+        return f"promotion could not be asked for: {error}"
+    logger.info("promotion: run %s", ordered.name)
+    return ""
 
 
 def prepare(

@@ -21,6 +21,7 @@ from prefect.automations import Automation, EventTrigger, Posture
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import CancelFlowRun, ChangeFlowRunState, SendNotification
 
+from flows.stages import AWAY, MISTAKE, TIMED_OUT
 from rankwise.types import UserError
 
 HEARTBEAT_S = 30  # as prefect.yaml has it
@@ -99,8 +100,11 @@ def _wanted(notify: Any, longest_hours: float | None, silence_s: float) -> Itera
         )
 
 
-# Names of states in which a run ends; those of flows/stages.py and flows/align.py are Failed by another name.
-_ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "Cancelling", "Mistake", "Away", "TimedOut", "Unpublished")
+# Names of states in which a run is no longer at work; our own are Failed by another name.
+_ENDS = (
+    *("Completed", "Failed", "Crashed", "Cancelled", "Cancelling", "Paused", "Suspended"),
+    *(MISTAKE, AWAY, TIMED_OUT, "Unpublished", "Unpromoted", "Undecided"),
+)
 
 
 def main(words: list[str] | None = None) -> int:

@@ -21,9 +21,12 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from flows.git import git, last_line
 from rankwise.types import UserError
@@ -33,7 +36,9 @@ NOTE = Path(".git") / "rankwise.json"  # in a checkout of a run, and nowhere els
 LOCK = Path(".dvc") / "tmp" / "rankwise.lock"  # held by the run that works in a checkout; .rankwise may be shared
 NONE = "RANKWISE_NO_CHECKOUT"  # why there is none
 SHARED = ("stores", "checkpoints", "mlflow")
-KEPT = 10  # checkouts that nobody works in; they are links into DVC's cache, so they weigh little
+DONE = Path(".git") / "rankwise.done"  # all that the run made is elsewhere too
+KEPT = 10  # checkouts of runs that are done; they are links into DVC's cache, so they weigh little
+KEPT_DAYS = 30  # those of runs that failed, wait for a person or could not publish, since somebody last worked there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,7 @@ def own_checkout(repository: str, revision: str) -> dict[str, str]:
     """
     try:
         folder = _find_or_make(os.environ.get("RANKWISE_REPOSITORY") or repository, revision)
-    except UserError as error:
+    except (UserError, OSError) as error:
         # Raised here, it would be in the worker's log and not with the run: the flow itself says it (refuse_none).
         os.environ[NONE] = str(error)
         return {"directory": str(Path(__file__).parent.parent)}
@@ -79,6 +84,7 @@ def current() -> Checkout | None:
 def _find_or_make(repository: str, revision: str) -> Path:
     from prefect.runtime import deployment, flow_run
 
+    _refuse_password(repository)
     revision = flow_run.parameters.get("revision") or revision
     began = flow_run.scheduled_start_time
     shared = shared_home(repository)
@@ -86,8 +92,26 @@ def _find_or_make(repository: str, revision: str) -> Path:
     with _only_one(shared):
         if not (folder / NOTE).exists():
             _make(folder, shared, repository, revision)
+        (folder / NOTE).touch()
+        (folder / DONE).unlink(missing_ok=True)
         _prune(folder.parent, keep=folder)
     return folder
+
+
+def finish() -> None:
+    """Say that nothing is in this run's checkout alone; it may go when others need the room."""
+    if current() is not None:
+        DONE.touch()
+
+
+def _refuse_password(repository: str) -> None:
+    """It would be shown with each run, and kept in each checkout."""
+    parts = urlsplit(repository)
+    if parts.scheme in ("http", "https") and parts.username is not None:
+        raise UserError(
+            f"the repository's address at {parts.hostname} holds a user or a password: give git a credential helper "
+            "instead, and name the address without them"
+        )
 
 
 def shared_home(repository: str) -> Path:
@@ -110,7 +134,7 @@ def _make(folder: Path, shared: Path, repository: str, revision: str) -> None:
     cloned = git("clone", "--quiet", "--no-checkout", "--", repository, str(aside), check=False)
     if cloned.returncode != 0:
         raise UserError(f"no checkout of {repository}: {last_line(cloned.stderr)}")
-    for name in (f"origin/{revision}", revision):
+    for name in (f"origin/{revision}", revision) if not revision.startswith("-") else ():
         found = git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", where=aside, check=False)
         if found.returncode == 0:
             break
@@ -144,30 +168,57 @@ def _left_out(repository: str) -> str:
 
 def _share(folder: Path, shared: Path, repository: str) -> None:
     """Links to what all runs share, DVC's cache and remote, and the data that a person has linked into data/source."""
-    from dvc.repo import Repo
+    from dvc.exceptions import DvcException
 
+    (folder / ".rankwise").mkdir(exist_ok=True)
     for name in SHARED:
         (shared / name).mkdir(parents=True, exist_ok=True)
-        (folder / ".rankwise").mkdir(exist_ok=True)
         (folder / ".rankwise" / name).symlink_to(shared / name)
     here = Path(repository).resolve() if Path(repository).is_dir() else None
-    cache = str(shared / "cache")
+    if here is not None:
+        _link_data(here, folder)
+    try:
+        _configure(folder, here, shared / "cache")
+    except DvcException as error:
+        raise UserError(f"DVC cannot be set up in a checkout of {repository}: {error}") from None
+
+
+def _configure(folder: Path, here: Path | None, cache: Path) -> None:
+    """DVC's local settings of a checkout: cache and remotes of the repository's folder, where there is one."""
+    from dvc.repo import Repo
+
+    local: dict[str, Any] = {"cache": {"dir": str(cache)}, "core": {}, "remote": {}}
     if here is not None:
         with Repo(str(here)) as theirs:
-            cache = theirs.cache.local_cache_dir
-        if (local := here / ".dvc" / "config.local").is_file():
-            shutil.copy(local, folder / ".dvc" / "config.local")
-        _link_data(here, folder)
-    with Repo(str(folder)) as own, own.config.edit("local") as config:
-        config["cache"]["dir"] = cache
-        if remote := os.environ.get("RANKWISE_REMOTE"):
-            config["remote"]["run"] = {"url": remote}
-            config["core"]["remote"] = "run"
+            # As they stand there: a remote's relative path means another folder here.
+            local["cache"]["dir"] = theirs.cache.local_cache_dir
+            local["remote"] = {name: dict(remote) for name, remote in theirs.config["remote"].items()}
+            local["core"]["remote"] = theirs.config["core"].get("remote")
+    if remote := os.environ.get("RANKWISE_REMOTE"):
+        local["remote"]["run"], local["core"]["remote"] = {"url": remote}, "run"
+    with Repo(str(folder)) as own:
+        _refuse_relative(own, local)
+        with own.config.edit("local") as config:
+            for section, values in local.items():
+                config[section] |= {name: value for name, value in values.items() if value}
+
+
+def _refuse_relative(own: Any, local: dict[str, Any]) -> None:
+    """A remote that is a path beside the repository is nowhere for a clone of a URL."""
+    name = local["core"].get("remote") or own.config["core"].get("remote")
+    if name and name not in local["remote"]:
+        url = own.config["remote"].get(name, {}).get("url", "")
+        if Path(own.root_dir).parent in Path(url).parents:
+            raise UserError(
+                f"DVC's remote {name!r} is a path beside the repository, which is no folder here: set RANKWISE_REMOTE"
+            )
 
 
 def _link_data(theirs: Path, own: Path) -> None:
     """Link what a person has put into data/source, but for what git or DVC has: that is as the commit says."""
-    for path in (theirs / "data" / "source").glob("*"):
+    for path in (theirs / "data" / "source").glob("[!.]*"):
+        if path.suffix == ".dvc":
+            continue
         mine = own / "data" / "source" / path.name
         if not mine.exists() and not mine.with_name(f"{path.name}.dvc").exists():
             mine.parent.mkdir(parents=True, exist_ok=True)
@@ -185,11 +236,18 @@ def _enter(folder: Path) -> None:
 
 
 def _prune(checkouts: Path, *, keep: Path) -> None:
-    """Remove the oldest checkouts that nobody works in."""
-    folders = [path for path in checkouts.iterdir() if (path / NOTE).exists() and path != keep]
-    for old in sorted(folders, key=lambda path: (path / NOTE).stat().st_mtime)[: -KEPT or None]:
+    """Remove the oldest checkouts that are done with, and what a clone that was cut off has left."""
+    for aside in checkouts.glob(".*/"):
+        shutil.rmtree(aside, ignore_errors=True)
+    at = {
+        path: (path / NOTE).stat().st_mtime for path in checkouts.iterdir() if (path / NOTE).exists() and path != keep
+    }
+    done = sorted((path for path in at if (path / DONE).exists()), key=at.__getitem__)
+    forgotten = [path for path, when in at.items() if path not in done and when < time.time() - KEPT_DAYS * 86400]
+    for old in done[: -KEPT or None] + forgotten:
         with contextlib.suppress(OSError), _locked(old / LOCK, fcntl.LOCK_NB):
-            shutil.rmtree(old)
+            # Its name first: half a checkout must not be taken for a whole one.
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
 
 
 def _only_one(shared: Path) -> contextlib.AbstractContextManager[None]:

@@ -26,9 +26,10 @@ from prefect.states import Completed, Failed, State
 
 from flows import graph, keys, process, summary
 from flows.align import common_arguments, put_in_place, run_in_order
+from flows.checkout import finish
 from flows.command import Command
 from flows.exchange import give_away
-from flows.stages import MISTAKE, StageFailed, begin, going, leave_artifact, only_run, run_stage
+from flows.stages import MISTAKE, NAMES, StageFailed, begin, going, leave_artifact, only_run, run_stage
 from flows.summary import Outcome
 from rankwise.types import UserError
 from tasks import sweep as sweeps
@@ -71,8 +72,9 @@ def frontier(
     except UserError as error:
         return Failed(name=MISTAKE, message=str(error))
     except StageFailed as failure:
-        give_away(f"sweep {Path(sweep).stem}: {failure}")
-        return Failed(message=str(failure), data=[asdict(outcome) for outcome in failure.outcomes])
+        unpublished = give_away(f"sweep {Path(sweep).stem}: {failure}")
+        name, said = NAMES.get(failure.stage.status, "Failed"), "; ".join(filter(None, [str(failure), unpublished]))
+        return Failed(name=name, message=said, data=[asdict(outcome) for outcome in failure.outcomes])
     leave_artifact("frontier", _table() or summary.stages_markdown(outcomes), summary.counts(outcomes))
     left = [asdict(outcome) for outcome in outcomes]
     unpublished = give_away(f"sweep {Path(sweep).stem}: {summary.counts(outcomes)}")
@@ -81,6 +83,7 @@ def frontier(
         return Failed(message=f"{len(failed)} of {len(outcomes)} stages failed: {', '.join(failed[:5])}", data=left)
     if unpublished:
         return Failed(name="Unpublished", message=f"every stage is done, but {unpublished}", data=left)
+    finish()
     return Completed(message=summary.counts(outcomes), data=left)
 
 

@@ -17,19 +17,19 @@ import os
 import sys
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
 from prefect.exceptions import FlowPauseTimeout
-from prefect.flow_runs import pause_flow_run
+from prefect.flow_runs import pause_flow_run, suspend_flow_run
 from prefect.input import RunInput
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
-from flows import graph, keys, process
+from flows import checkout, graph, keys, process
 from flows.command import Command
-from flows.stages import MISTAKE, NAMES, begin, leave_artifact, only_run
+from flows.stages import MISTAKE, NAMES, begin, gpu_place, leave_artifact, only_run
 from flows.summary import Outcome
 from rankwise.types import UserError
 from tasks.promote import RECORD
@@ -39,12 +39,15 @@ ARTIFACT = "promotion"
 LOOK_EVERY_S = 2  # seconds between two looks at whether somebody has decided
 
 
+Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
 class Decision(RunInput):
     """What a person says of a challenger; Prefect makes a form of it."""
 
     approve: bool = Field(description="make the challenger champion")
-    by: str = Field(min_length=1, description="your name; it is kept with the version")
-    reason: str = Field(min_length=1, description="why; it is kept with the version")
+    by: Words = Field(description="your name; it is kept with the version")
+    reason: Words = Field(description="why; it is kept with the version")
 
 
 @flow(name="promote", flow_run_name="promote", persist_result=False)
@@ -74,6 +77,7 @@ def promote(approval: bool = False, apply: bool = False, wait_hours: float = 72.
     except FlowPauseTimeout:
         # Prefect's server puts "The flow was NAME and never resumed." in place of any message.
         return Failed(name="Undecided", message=f"nobody decided within {wait_hours:g} hours; no alias was moved")
+    checkout.finish()
     said = headline(record)
     outcome = Outcome(stage="promote", state="ran", note=said, seconds=time.monotonic() - began)
     return Completed(message=said, data=[asdict(outcome)])
@@ -96,11 +100,16 @@ def _ask(record: dict[str, Any], wait_hours: float) -> dict[str, Any]:
         "**Approve** on makes the challenger champion, off turns it down.",
         approve=record["verdict"] == "promote",
     )
-    said = pause_flow_run(wait_for_input=asked, timeout=int(3600 * wait_hours), poll_interval=LOOK_EVERY_S)
+    limit = {"wait_for_input": asked, "timeout": int(3600 * wait_hours)}
+    if checkout.current() is None:
+        said = pause_flow_run(**limit, poll_interval=LOOK_EVERY_S)
+    else:
+        # The process ends and its worker is free; Resume starts the run again, in its checkout, with its answers kept.
+        said = suspend_flow_run(**limit)
     pair = ",".join(record[role]["version"] if record[role] else "-" for role in ("champion", "challenger"))
     verb = "--approve" if said.approve else "--reject"
-    with only_run():
-        record = _run_task(verb, said.by, "--reason", said.reason, "--versions", pair)
+    with only_run():  # with =, since a name or "-,1" may look like an option
+        record = _run_task(f"{verb}={said.by}", f"--reason={said.reason}", f"--versions={pair}")
     _leave(record)
     return record
 
@@ -123,7 +132,8 @@ def _run_task(*words: str) -> dict[str, Any]:
             logger.info("%s", line)
 
     command = [sys.executable, "-m", "tasks.promote", *filter(None, words)]
-    status = process.run(command, show, env={**os.environ, **keys.from_secrets(os.environ)})
+    with gpu_place(checkout.current() is not None):
+        status = process.run(command, show, env={**os.environ, **keys.from_secrets(os.environ)})
     if status:
         raise _TaskFailed(status, last[0].removeprefix("error: "))
     return json.loads(RECORD.read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Cancelled, Completed, Failed, State
 
 from flows import checkout, graph, process, summary
-from flows.exchange import begin_with, remote
+from flows.exchange import begin_with
 from flows.summary import Outcome
 from rankwise.types import UserError
 
@@ -36,7 +36,9 @@ AWAY = "Away"  # a server is away, busy, or died: trying again may do
 TIMED_OUT = "TimedOut"  # it took longer than a stage may; it left a checkpoint, and a new run goes on from there
 # Prefect's concurrency limit for stages that use a GPU: as many places as there are GPUs for runs to share.
 GPU_LIMIT = os.environ.get("RANKWISE_GPU_LIMIT", "rankwise-gpu")
-NAMES = {2: MISTAKE, os.EX_TEMPFAIL: AWAY}
+GPU_LOOK_S = 10  # seconds between two looks at whether the run was stopped while it waits for a place
+TOOK_TOO_LONG = 124  # the status that `timeout` has for it
+NAMES = {2: MISTAKE, os.EX_TEMPFAIL: AWAY, TOOK_TOO_LONG: TIMED_OUT}
 
 
 @dataclass
@@ -63,13 +65,14 @@ def begin(*, revision: str, stage_hours: float = 0) -> None:
         raise UserError(f"revision {revision!r}: this folder is no checkout of a run's own; use git to change it")
     if stage_hours < 0:
         raise UserError(f"stage_hours {stage_hours:g}: hours were expected, or 0 for no limit")
-    limit_s = stage_hours * 3600 or None
-    going.set(Going(limit_s=limit_s, pull=own is not None and remote() is not None, slots=own is not None))
+    run = Going(limit_s=stage_hours * 3600 or None, slots=own is not None)
+    going.set(run)
     if own is not None:
+        os.environ["RANKWISE_BRANCH"] = own.branch  # where dvc.lock of this run will be: register notes it
         get_run_logger().info("a checkout of %s @ %s of %s", own.revision, own.commit[:10], own.repository)
         if own.note:
             get_run_logger().warning("%s", own.note)
-        begin_with()
+        run.pull = begin_with()
 
 
 class StageFailed(Exception):
@@ -113,7 +116,7 @@ def run_stage(stage: str, force: bool = False, accelerated: bool = False) -> Sta
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, **run.environment, "PATH": path}
     try:
-        with _slot(accelerated and run.slots):
+        with gpu_place(accelerated and run.slots):
             status = process.run(command, show, env=environment, limit_s=run.limit_s)
     except process.Stopped:
         return Cancelled(message="stopped with the run")
@@ -129,21 +132,29 @@ def run_stage(stage: str, force: bool = False, accelerated: bool = False) -> Sta
     return Completed(message=f"ran in {outcome.seconds:.1f} s")
 
 
-def _slot(wanted: bool) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def gpu_place(wanted: bool) -> Iterator[None]:
     """A place of Prefect's concurrency limit GPU_LIMIT, where a deployment's run wants one and there is such a limit.
 
-    Prefect takes the place back from a process that died, five minutes after its last sign of life.
+    Prefect takes the place back from a process that died, five minutes after its last sign of life. Raises Stopped
+    where the run is stopped while it waits.
     """
-    if not wanted:
-        return contextlib.nullcontext()
-    from prefect.concurrency.sync import concurrency
+    with contextlib.ExitStack() as held:
+        while wanted:
+            if process.stopping.is_set():
+                raise process.Stopped
+            from prefect.concurrency.sync import concurrency
 
-    return concurrency(GPU_LIMIT, occupy=1, strict=False)
+            with contextlib.suppress(TimeoutError):
+                place = concurrency(GPU_LIMIT, occupy=1, timeout_seconds=GPU_LOOK_S, strict=False)
+                held.enter_context(place)
+                break
+        yield
 
 
 def _timed_out(stage: str, run: Going) -> State:
     note = f"took longer than {run.limit_s / 3600:g} h, the most that a stage of this run may; it can be continued"
-    run.outcomes[stage] = Outcome(stage=stage, state="failed", note=note, seconds=run.limit_s, status=1)
+    run.outcomes[stage] = Outcome(stage=stage, state="failed", note=note, seconds=run.limit_s, status=TOOK_TOO_LONG)
     return Failed(name=TIMED_OUT, message=note)
 
 

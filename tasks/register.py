@@ -8,6 +8,7 @@ stage still succeeds, and `python -m tasks.register` later registers the version
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,7 @@ def lineage_tags(record: dict[str, Any]) -> dict[str, str]:
     """What a version carries to be traced and rebuilt: commit, dvc.lock, and the md5 of every model involved."""
     tags = {
         "git.commit": lineage.git_commit(),
+        "git.branch": os.environ.get("RANKWISE_BRANCH", ""),  # where a run in a checkout of its own leaves dvc.lock
         "dvc.lock_md5": lineage.lock_md5(),
         **{f"{model}_md5": md5 or "" for model, md5 in record["md5"].items()},
     }

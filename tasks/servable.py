@@ -23,7 +23,8 @@ def find_weights(folder: Path) -> Path:
     if not pointer.is_file():
         return Path(folder)
     wanted = json.loads(pointer.read_text(encoding="utf-8"))
-    return weights.find(wanted["md5"], Path(wanted["path"]), commit=wanted.get("commit", ""))
+    revisions = weights.revisions_of(wanted.get("commit", ""), wanted.get("branch", ""))
+    return weights.find(wanted["md5"], Path(wanted["path"]), revisions=revisions)
 
 
 class Policy:

@@ -137,6 +137,9 @@ class Stage:
             except OSError:
                 self.log("another run trains the very same; waiting for it")
                 fcntl.flock(self._training, fcntl.LOCK_EX)
+                raise Unavailable(
+                    "another run has just trained the very same: run this again, DVC takes its result from the cache"
+                ) from None
         path.mkdir(exist_ok=True)
         return path
 

@@ -124,7 +124,8 @@ def _log(run_id: str, folder: str, name: str, md5: str, tags: dict[str, str], co
             shutil.copytree(folder, data)
         else:
             data.mkdir()
-            pointer = {"path": folder, "md5": md5, "commit": tags.get("git.commit", "")}
+            pointer = {"path": folder, "md5": md5}
+            pointer |= {name: tags.get(f"git.{name}", "") for name in ("commit", "branch")}
             (data / "pointer.json").write_text(json.dumps(pointer) + "\n", encoding="utf-8")
         with mlflow.start_run(run_id=run_id), warnings.catch_warnings(), patient():
             warnings.simplefilter("ignore")  # it asks for an example, and would load the model for it

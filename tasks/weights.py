@@ -18,7 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,12 @@ DVC_S = 3600.0  # how long DVC may fetch weights
 Download = Callable[[Path], bool]
 
 
-def find(md5: str, path: Path, *, commit: str = "", download: Download | None = None) -> Path:
+def find(md5: str, path: Path, *, revisions: Sequence[str] = (), download: Download | None = None) -> Path:
     """A folder with the weights of this md5, as DVC counts it ("….dir").
 
     Args:
         path: where the project makes them.
-        commit: of git, at which DVC knows them; "" where that is not known.
+        revisions: of git, at which DVC may know them, the likeliest first.
         download: where else a copy may be.
 
     Raises UserError that names what was tried.
@@ -54,8 +54,9 @@ def find(md5: str, path: Path, *, commit: str = "", download: Download | None = 
     ways = {
         "DVC's cache": lambda aside: _from_cache(md5, aside),
         "MLflow": download or (lambda aside: False),
-        f"`dvc get` at commit {commit[:10] or 'unknown'}": lambda aside: _from_commit(path, commit, aside),
     }
+    for one in revisions:
+        ways[f"`dvc get` at {one}"] = lambda aside, one=one: _from_revision(path, one, aside)
     for name, way in ways.items():
         with _aside(made) as aside:
             if not way(aside):
@@ -68,9 +69,16 @@ def find(md5: str, path: Path, *, commit: str = "", download: Download | None = 
                 tried.append(f"{name}: other weights (md5 {other})")
     raise UserError(
         f"the weights of this version (md5 {md5}) are not to be had: {'; '.join(tried)}. Run this in the project's "
-        f"root after `git checkout {commit.removesuffix('+dirty') or 'COMMIT'} dvc.lock && dvc pull {path}`, or set "
+        f"root after `git checkout {next(iter(revisions), 'COMMIT')} dvc.lock && dvc pull {path}`, or set "
         "RANKWISE_POLICY to a folder that has them"
     )
+
+
+def revisions_of(commit: str, branch: str) -> list[str]:
+    """Where to look for a version's dvc.lock: the branch that its run left, here or where it was cloned from, and the
+    commit that it was made of, whose dvc.lock knows it only where a person has committed it."""
+    branches = [branch, f"origin/{branch}"] if branch else []
+    return [*branches, *filter(None, [commit.removesuffix("+dirty")])]
 
 
 def home() -> Path:
@@ -87,7 +95,8 @@ def of_version(registry: tracking.Registry, name: str, version: dict[str, Any]) 
 
     tags = version["tags"]
     path = Path(tags.get("policy_path", "models/policy"))
-    return find(tags["policy_md5"], path, commit=tags.get("git.commit", ""), download=download)
+    revisions = revisions_of(tags.get("git.commit", ""), tags.get("git.branch", ""))
+    return find(tags["policy_md5"], path, revisions=revisions, download=download)
 
 
 def pick(found: dict[str, Any], wanted: str, name: str) -> dict[str, Any]:
@@ -124,12 +133,11 @@ def _object(cache: Path, md5: str) -> Path:
     return cache / md5[:2] / md5[2:]
 
 
-def _from_commit(path: Path, commit: str, aside: Path) -> bool:
-    """By DVC from this repository as it was at a commit, out of its remote if need be."""
-    commit = commit.removesuffix("+dirty")
-    if not commit or path.is_absolute():
+def _from_revision(path: Path, revision: str, aside: Path) -> bool:
+    """By DVC from this repository as it was at a revision, out of its remote if need be."""
+    if path.is_absolute():
         return False
-    return _dvc("get", ".", str(path), "--rev", commit, "-o", str(aside)) is not None
+    return _dvc("get", ".", str(path), "--rev", revision, "-o", str(aside)) is not None
 
 
 def _dvc(*words: str) -> str | None:

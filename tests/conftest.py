@@ -1,11 +1,13 @@
 """Tests run without the network and without a tracker unless one asks for it."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,31 @@ class Toy:
         """The stages that really ran, in order, oldest first."""
         path = self.root / "attempts.log"
         return path.read_text().split() if path.exists() else []
+
+
+@contextlib.contextmanager
+def prefect_server(folders: pytest.TempPathFactory, *, lean: bool) -> Iterator[str]:
+    """A Prefect server for the tests of a file; gives its API address. lean: without schedules and workers."""
+    from flows import server
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "HOME", folders.mktemp("server") / "prefect")
+        running = server.Server(server.free_port(), lean=lean)
+        try:
+            running.wait()
+            yield running.url
+        finally:
+            running.stop()
+
+
+@pytest.fixture
+def client(api):
+    """A client of the server whose address the file's fixture `api` gives."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+        yield client
 
 
 @pytest.fixture

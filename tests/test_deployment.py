@@ -13,12 +13,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
-from conftest import Toy
+from conftest import Toy, prefect_server
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.filters import DeploymentFilter
 from prefect.events import emit_event
@@ -26,7 +26,7 @@ from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from test_flow import alive, task_runs, wait_for
 
-from flows import checkout, server, stages
+from flows import checkout, stages
 from flows.git import git
 from rankwise.types import UserError
 
@@ -92,14 +92,8 @@ class Project(Toy):
 @pytest.fixture(scope="module")
 def api(tmp_path_factory):
     """A whole Prefect server, scheduler and all; gives its API address."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server, "HOME", tmp_path_factory.mktemp("server") / "prefect")
-        running = server.Server(server.free_port(), lean=False)
-        try:
-            running.wait()
-            yield running.url
-        finally:
-            running.stop()
+    with prefect_server(tmp_path_factory, lean=False) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +136,6 @@ class Ear(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def client(api):
-    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
-        yield client
-
-
 def end_of(client, flow_run: str, seconds: float = 90):
     """The state in which a run ends."""
     assert wait_for(lambda: client.read_flow_run(flow_run).state.is_final(), seconds), client.read_flow_run(flow_run)
@@ -187,6 +175,7 @@ def test_a_run_is_of_a_commit_shares_the_cache_and_publishes(project, client, tm
         client.release_concurrency_slots([stages.GPU_LIMIT], 1, 5.0)
         state = end_of(client, first)
     finally:
+        client.delete_global_concurrency_limit_by_name(stages.GPU_LIMIT)
         project.command("git", "checkout", "stage.py")
     assert state.is_completed(), state
     folder = project.checkout_of(first)
@@ -334,14 +323,72 @@ def test_an_unknown_revision_leaves_nothing_behind(repository):
     assert list((repository / ".rankwise" / "checkouts").iterdir()) == []
 
 
-def test_old_checkouts_go_but_none_that_a_run_works_in(repository, monkeypatch):
+def test_old_checkouts_go_but_none_that_holds_something_or_that_a_run_works_in(repository, monkeypatch):
     monkeypatch.setattr(checkout, "KEPT", 1)
-    folders = [made(repository, name) for name in ("a", "b", "c", "d")]
+    busy, done, waiting, forgotten, last, own = folders = [made(repository, name) for name in "abcdef"]
     for age, folder in enumerate(folders):
-        os.utime(folder / checkout.NOTE, (age, age))
-    with checkout._locked(folders[0] / checkout.LOCK, 0):
-        checkout._prune(folders[0].parent, keep=folders[3])
-    assert [folder.exists() for folder in folders] == [True, False, True, True]
+        at = time.time() - 1000 + age
+        os.utime(folder / checkout.NOTE, (at, at))
+    os.utime(forgotten / checkout.NOTE, (0, 0))
+    for folder in (busy, done, last):
+        (folder / checkout.DONE).touch()
+    (busy.parent / ".cut-off").mkdir()
+    with checkout._locked(busy / checkout.LOCK, 0):
+        checkout._prune(busy.parent, keep=own)
+    assert sorted(busy.parent.iterdir()) == [busy, waiting, last, own]
+
+
+@pytest.mark.slow
+def test_a_promotion_that_waits_for_a_person_holds_no_worker_and_goes_on_in_its_checkout(project, client):
+    """What tasks.promote says is played here; the run, its end and its return are real."""
+    flows = project.root / "flows"
+    flows.unlink()
+    shutil.copytree(ROOT / "flows", flows, ignore=shutil.ignore_patterns("__pycache__"))
+    with open(flows / "promote.py", "a") as script:
+        script.write(f"\n\n{PLAYED}")
+    project.commit("a challenger")
+    run = project.order("promote/promote", wait_hours=1)
+    assert wait_for(lambda: client.read_flow_run(run).state.name == "Suspended", 90), client.read_flow_run(run).state
+    assert wait_for(lambda: not everyone_below(run))
+    said = client.resume_flow_run(run, run_input={"approve": True, "by": "Ada", "reason": "-- read them"})
+    assert said.status.value == "ACCEPT", said
+    assert wait_for(lambda: client.read_flow_run(run).state.is_completed(), 90), client.read_flow_run(run).state
+    asked = (project.checkout_of(run) / "asked.log").read_text().splitlines()
+    assert asked == ["", "", "--approve=Ada --reason=-- read them --versions=-,1"]
+
+
+PLAYED = """
+def _run_task(*words):
+    with open("asked.log", "a") as log:
+        log.write(" ".join(filter(None, words)) + "\\n")
+    made = {"what": "promoted", "by": "Ada", "reason": "read", "at": "2026-11-28T10:00:00"} if any(words) else None
+    return {
+        "name": "rankwise-policy", "verdict": "promote", "why": "there is no champion", "champion": None, "checks": [],
+        "challenger": {"version": "1", "md5": "b.dir", "commit": ""}, "decision": made,
+        "pages": {"challenger": "http://m/1", "model": "http://m"},
+    }
+"""
+
+
+def test_a_remote_beside_the_repository_is_the_same_folder_in_a_checkout(repository, monkeypatch):
+    """DVC writes the path relative to .dvc, and a checkout lies deeper."""
+    monkeypatch.delenv("RANKWISE_REMOTE", raising=False)
+    Toy.command(SimpleNamespace(root=repository), "dvc", "remote", "add", "-d", "beside", "../storage")
+    git("commit", "-qam", "a remote", where=repository)
+    from dvc.repo import Repo
+
+    with Repo(str(made(repository, "one"))) as own:
+        assert Path(own.cloud.get_remote_odb().path).parts[: len(repository.parts)] == (
+            *repository.parent.parts,
+            "storage",
+        )
+
+
+def test_an_address_with_a_password_is_refused_and_not_repeated():
+    with pytest.raises(UserError, match=r"git\.example\.com holds a user or a password") as refused:
+        checkout._refuse_password("https://ann:s3cret@git.example.com/x.git")
+    assert "s3cret" not in str(refused.value)
+    checkout._refuse_password("ssh://git@git.example.com/x.git")
 
 
 def test_a_repository_elsewhere_needs_a_home_for_what_runs_share(monkeypatch):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Toy
+from conftest import Toy, prefect_server
 
 from flows import keys, process, server, stages, summary
 
@@ -21,14 +21,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def api(tmp_path_factory):
     """A Prefect server for the tests of this file; gives its API address."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server, "HOME", tmp_path_factory.mktemp("server") / "prefect")
-        running = server.Server(server.free_port(), lean=True)
-        try:
-            running.wait()
-            yield running.url
-        finally:
-            running.stop()
+    with prefect_server(tmp_path_factory, lean=True) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +35,6 @@ def done(api, tmp_path_factory) -> tuple[Toy, subprocess.CompletedProcess]:
 @pytest.fixture
 def finished(done, tmp_path) -> Toy:
     return done[0].copy(tmp_path / "copy")
-
-
-@pytest.fixture
-def client(api):
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
-        yield client
 
 
 def run_id(said: str) -> str:
@@ -206,10 +191,11 @@ def test_killing_the_flow_leaves_no_children(toy, api):
     assert wait_for(lambda: not alive(int(dvc)), 5)
 
 
-def test_a_stage_that_takes_too_long_leaves_a_checkpoint_and_is_not_tried_again(toy, api):
+def test_a_stage_that_takes_too_long_leaves_a_checkpoint_and_is_not_tried_again(toy, api, client):
     said = toy.run("--stage-hours", "0.001", PREFECT_API_URL=api, TOY_NAP="120")
     assert said.returncode == 1 and (toy.root / "prompts.checkpoint").exists()
-    assert "stage prompts failed: took longer than 0.001 h" in said.stdout and toy.attempts() == ["prompts"]
+    assert "stage prompts failed: took longer than 0.001 h" in said.stdout
+    assert client.read_flow_run(run_id(said.stdout)).state.name == stages.TIMED_OUT and toy.attempts() == ["prompts"]
     assert toy.run("--stage-hours", "1", PREFECT_API_URL=api).returncode == 0
 
 

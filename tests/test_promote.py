@@ -296,12 +296,14 @@ def test_weights_are_found_in_dvcs_cache_and_at_their_commit_or_the_mend_is_name
     assert found == weights.home() / md5.removesuffix(".dir") and lineage.md5_of(found) == md5
     shutil.rmtree(weights.home())
     shutil.rmtree(tmp_path / ".dvc/cache")
-    assert lineage.md5_of(weights.find(md5, POLICY, commit=f"{commit}+dirty")) == md5
+    assert (
+        lineage.md5_of(weights.find(md5, POLICY, revisions=weights.revisions_of(f"{commit}+dirty", "runs/none"))) == md5
+    )
     shutil.rmtree(weights.home())
     shutil.rmtree(tmp_path / ".dvc/cache", ignore_errors=True)
     shutil.rmtree(tmp_path / "remote")
     with pytest.raises(UserError, match=rf"models/policy: not there.*git checkout {commit} dvc\.lock"):
-        weights.find(md5, POLICY, commit=commit)
+        weights.find(md5, POLICY, revisions=[commit])
     assert list(weights.home().iterdir()) == [], "nothing half fetched is left"
 
 

@@ -7,10 +7,11 @@ import threading
 import time
 
 import pytest
+from conftest import prefect_server
 
 from flows import promote as module
-from flows import server
 from rankwise.types import UserError
+from tasks.promote import _asked
 
 RECORD = {
     "name": "rankwise-policy",
@@ -27,14 +28,8 @@ RECORD = {
 @pytest.fixture(scope="module")
 def api(tmp_path_factory):
     """A Prefect server for the tests of this file; gives its API address."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server, "HOME", tmp_path_factory.mktemp("server") / "prefect")
-        running = server.Server(server.free_port(), lean=True)
-        try:
-            running.wait()
-            yield running.url
-        finally:
-            running.stop()
+    with prefect_server(tmp_path_factory, lean=True) as url:
+        yield url
 
 
 @pytest.fixture
@@ -48,7 +43,7 @@ def asked(api, tmp_path, monkeypatch):
         told.append(words)
         if not any(words):
             return RECORD
-        what = {"--approve": "promoted", "--reject": "rejected", "--apply": "promoted"}[words[0]]
+        what = {"--approve": "promoted", "--reject": "rejected", "--apply": "promoted"}[words[0].partition("=")[0]]
         return RECORD | {"decision": {"what": what, "by": "Ada", "reason": "read them", "at": "2026-11-28T10:00:00"}}
 
     monkeypatch.chdir(tmp_path)
@@ -90,7 +85,9 @@ def test_a_person_sees_the_facts_and_the_word_is_carried_out_on_that_pair(api, a
         assert any("stays champion" in text for text in found["artifacts"]), "the facts are there before the question"
         assert found["bad"].status.value == "REJECT", "a name and a reason are needed"
         assert state.is_completed() and "Decided by Ada" in state.message
-        assert asked == [("",), (verb, "Ada", "--reason", "read them", "--versions", "1,2")]
+        assert asked == [("",), (f"{verb}=Ada", "--reason=read them", "--versions=1,2")]
+        said = _asked(asked[1])
+        assert (said.verb, said.by, said.reason, said.versions) == (verb[2:], "Ada", "read them", "1,2")
         asked.clear()
 
 
@@ -107,6 +104,11 @@ def test_the_rule_alone_asks_nobody(asked):
     assert state.is_completed() and asked == [("--apply",)]
     (outcome,) = state.result()
     assert json.loads(json.dumps(outcome))["stage"] == "promote"
+
+
+def test_words_that_look_like_options_are_a_name_a_reason_and_a_pair():
+    said = _asked(["--approve=-x", "--reason=--nice", "--versions=-,1"])
+    assert (said.verb, said.by, said.reason, said.versions) == ("approve", "-x", "--nice", "-,1")
 
 
 def test_a_person_and_the_rule_do_not_decide_together():

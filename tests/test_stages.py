@@ -22,7 +22,7 @@ from fault_server import FaultServer
 
 from rankwise.checkpoints import load_causal_lm
 from rankwise.rows import read_rows, write_aside, write_rows
-from rankwise.types import UserError
+from rankwise.types import Unavailable, UserError
 from tasks.stage import Stage, _flat_numbers, only_writer, output_folder
 from tasks.tracking import Tracker
 
@@ -109,17 +109,25 @@ def test_trees_that_share_what_outlives_a_run_do_not_refuse_each_other(tmp_path,
 
 
 def test_two_trees_do_not_write_one_checkpoint(tmp_path, monkeypatch, capsys):
-    """The very same training in both: the second waits until the first is gone."""
+    """The very same training in both: the second waits until the first is gone, and is to be run again: DVC then has
+    the result."""
     monkeypatch.setattr("tasks.stage.HOME", tmp_path)
     first, second = (Stage("sft", tracker=Tracker(), report=None) for _ in range(2))
     assert first.checkpoints("key") == first.checkpoints("key") == tmp_path / "checkpoints/sft/key"
-    waiting = threading.Thread(target=second.checkpoints, args=("key",), daemon=True)
+    ends = []
+
+    def train() -> None:
+        with pytest.raises(Unavailable, match="DVC takes its result from the cache"):
+            second.checkpoints("key")
+        ends.append("again")
+
+    waiting = threading.Thread(target=train, daemon=True)
     waiting.start()
     waiting.join(0.5)
     assert waiting.is_alive() and "another run trains the very same" in capsys.readouterr().out
     first.__dict__.clear()  # as if its process had ended
     waiting.join(10)
-    assert not waiting.is_alive()
+    assert ends == ["again"]
 
 
 def test_paths_and_the_params_file_can_be_named(project):

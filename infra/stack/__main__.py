@@ -67,7 +67,7 @@ def _wanted(known: list[Service], names: list[str]) -> list[Service]:
 def _start(processes: Processes, service: Service) -> str:
     """Start a service unless it runs and is well; returns what was done, in a word."""
     running = processes.find(service) is not None
-    if running and processes.current(service) and service.healthy():
+    if running and processes.current(service) and (service.spared or service.healthy()):
         return "running"
     if running:
         processes.stop(service)
@@ -101,7 +101,11 @@ def down(settings: Settings, *, delete_data: bool) -> int:
         print(f"data are kept in {settings.root}")
         return 0
     print(f"this deletes all runs, models and artifacts of the stack: {settings.root}")
-    if input("type yes to delete: ").strip() != "yes":
+    try:
+        answer = input("type yes to delete: ").strip()
+    except EOFError:  # nobody there to ask
+        answer = ""
+    if answer != "yes":
         print("kept")
         return 0
     shutil.rmtree(settings.root)

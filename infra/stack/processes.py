@@ -42,6 +42,7 @@ class Service:
     prepare: Callable[[], None] = lambda: None  # before each start
     user: str | None = None  # the system's user that it runs as; None: this one
     stop_signal: int = signal.SIGTERM
+    spared: bool = False  # while it lives it is left alone: what it runs is worth more than one bad look at it
     after: tuple[str, ...] = ()  # services that it needs, by name
     start_s: float = 180.0  # how long a start may take, on a busy machine too
 

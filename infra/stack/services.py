@@ -169,6 +169,7 @@ def _worker(settings: Settings) -> Service:
         ],
         environment={**settings.client(), **settings.for_worker, "PREFECT_HOME": str(settings.root / "worker")},
         healthy=lambda: _worker_is_online(settings, name),
+        spared=True,
         after=("prefect",),
     )
 
