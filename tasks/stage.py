@@ -242,7 +242,9 @@ def _run_tracked(
     over: Mapping[str, Any],
 ) -> None:
     began = time.monotonic()
-    facts = {key: str(value) for key, value in over.items() if not isinstance(value, (dict, list))}
+    # What points are compared by: not where their files are, nor whole sections.
+    plain = {key: value for key, value in over.items() if not isinstance(value, (dict, list))}
+    facts = {key: str(value) for key, value in plain.items() if os.sep not in str(value)}
     with tracking.stage_run(name, asdict(params), facts) as tracker:
         report = getattr(paths, "report", None)
         stage = Stage(name, tracker=tracker, report=report, params_file=params_file, round_=number, over=over)
