@@ -17,7 +17,7 @@ FLOW_ARGS := $(if $(TARGET),--target $(TARGET)) $(if $(FORCE),--force $(FORCE)) 
 AGAIN     := make run$(if $(TARGET), TARGET=$(TARGET))$(if $(FORCE), FORCE=$(FORCE))$(if $(RECIPE), RECIPE=$(RECIPE))$(if $(DATA), DATA="$(DATA)")
 
 .DEFAULT_GOAL := help
-.PHONY: help run repro test mlflow prefect up down environment
+.PHONY: help run repro test suite mlflow prefect up down environment
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ repro: $(READY) ## the same stages by DVC alone, without Prefect
 
 test: $(READY) ## the tests that take seconds; PYTEST_ARGS='-m "slow or not slow"' for all
 	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+suite: ## all tests, the slow ones included; leaves .rankwise/suite.md
+	@$(MAKE) --no-print-directory test PYTEST_ARGS='-m "slow or not slow" --suite-report .rankwise/suite.md $(PYTEST_ARGS)'
 
 mlflow: $(READY) ## show training runs and models in MLflow's page
 	@$(BIN)/python -m tasks.tracking ui

@@ -17,6 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("RANKWISE_TRACKING", "off")
 
+pytest_plugins = ["suite_report"]
+
 
 class Toy:
     """A DVC project of four small stages in a folder of its own, to run flows and dvc on.
