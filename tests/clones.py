@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+import warm
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,10 +23,13 @@ QUIET = {
 
 
 class Repository:
-    """A clone of this working tree with tiny params, under git and DVC."""
+    """A clone of this working tree with tiny params, under git and DVC.
 
-    def __init__(self, root: Path, recipe: dict[str, Any] | None = None):
-        self.root = root
+    warm: its stages are forked (tests/warm.py); False where they are to be killed.
+    """
+
+    def __init__(self, root: Path, recipe: dict[str, Any] | None = None, *, warm: bool = True):
+        self.root, self.warm = root, warm
         listed = subprocess.run(
             ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
         )
@@ -50,7 +54,8 @@ class Repository:
         return done.stdout + done.stderr
 
     def environment(self) -> dict[str, str]:
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        first = [str(warm.folder())] if self.warm else []
+        path = os.pathsep.join([*first, str(Path(sys.executable).parent), os.environ["PATH"]])
         # This copy's own modules, not those of the installed tree.
         return {**os.environ, **QUIET, "PATH": path, "PYTHONPATH": str(self.root)}
 

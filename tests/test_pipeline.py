@@ -334,6 +334,4 @@ def test_an_experiment_with_another_beta_runs_dpo_and_what_follows_and_no_refere
 
 
 def _tree(root: Path) -> dict[str, str]:
-    other = object.__new__(tiny.Project)
-    other.root = root
-    return other.tree()
+    return tiny.Project.at(root).tree()

@@ -475,7 +475,7 @@ def test_the_flow_leaves_the_lock_that_dvc_leaves(repository, tmp_path):
 
 @pytest.mark.slow
 def test_killed_in_round_two_dvc_continues_to_the_same_lock(repository, tmp_path):
-    other = Repository(tmp_path / "clone", shortened("spin"))
+    other = Repository(tmp_path / "clone", shortened("spin"), warm=False)
     dvc = subprocess.Popen(
         ["dvc", "repro"],
         cwd=other.root,

@@ -6,6 +6,7 @@ cheaper. Every test file gets the same finished run (`finished`) to copy and spo
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -101,9 +102,14 @@ class Project:
     def copy(self, root: Path) -> Project:
         """The same project elsewhere, with all that it has computed."""
         shutil.copytree(self.root, root, symlinks=True)
-        other = object.__new__(Project)
-        other.root = root
-        return other
+        return Project.at(root)
+
+    @classmethod
+    def at(cls, root: Path) -> Project:
+        """One that is there."""
+        project = object.__new__(cls)
+        project.root = root
+        return project
 
     def change(self, values: dict[str, Any]) -> None:
         """Set parameters: {"dpo": {"beta": 0.3}}."""
@@ -178,10 +184,20 @@ def over(recipe: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def finished(root: Path) -> Project:
-    """The tiny pipeline after one whole run; made once in a test session. Copy it, do not change it."""
-    project = Project(root / "tiny-pipeline")
-    project.run_all()
-    return project
+    """The tiny pipeline after one whole run; made once in a test session, whose processes share it. Copy it, do not
+    change it.
+
+    root: a folder of this process, beside those of the session's others.
+    """
+    made = root.parent / "tiny-pipeline" if "PYTEST_XDIST_WORKER" in os.environ else root / "tiny-pipeline"
+    with open(made.with_suffix(".lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if made.exists():
+            return Project.at(made)
+        aside = Project(made.with_suffix(".new"))
+        aside.run_all()
+        aside.root.rename(made)
+        return Project.at(made)
 
 
 def killed_at(

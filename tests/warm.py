@@ -1,0 +1,122 @@
+"""A `python` that need not import PyTorch: `python -m tasks.NAME` is forked from a process that has done so.
+
+Most of a tiny stage's seconds are imports, and a test that runs the pipeline through DVC starts dozens. The folder of
+`folder()` goes first in PATH. All else about a stage (its command, a process of its own, its status, its signals) is as
+ever, but that it lives on when its caller is killed outright: tests that kill use the real one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+
+# Others' packages alone: the project's own modules are those of the folder that a stage is run in.
+PRELOADED = (
+    *("torch", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
+    *("transformers.models.auto.tokenization_auto", "torch.distributed.tensor", "safetensors.torch", "peft", "pandas"),
+    *("pyarrow.parquet", "pyarrow.dataset", "matplotlib.figure", "matplotlib.backends.backend_agg", "yaml", "tqdm"),
+    *("matplotlib.font_manager", "rich.table", "rich.console"),
+)
+CALLER = """#!{python} -IS
+import json, os, signal, socket, sys
+words = sys.argv[1:]
+if words[:1] != ["-m"] or not words[1].startswith("tasks."):
+    os.execv("{python}", ["{python}", *words])
+server = socket.socket(socket.AF_UNIX)
+server.connect("{address}")
+asked = json.dumps([words[1:], os.getcwd(), dict(os.environ)]).encode()
+socket.send_fds(server, [len(asked).to_bytes(8, "big")], [0, 1, 2])
+server.sendall(asked)
+answers = server.makefile()
+pid = int(answers.readline())
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: os.kill(pid, number))
+sys.exit(int(answers.readline() or 137))
+"""
+
+
+@functools.cache
+def folder() -> Path:
+    """The folder with this `python`; what stands behind it ends with the process that asked."""
+    made = Path(tempfile.mkdtemp(prefix="warm-"))
+    address, python = made / "socket", made / "python"
+    python.write_text(CALLER.format(python=sys.executable, address=address))
+    python.chmod(0o755)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    _KEPT.append(subprocess.Popen([sys.executable, __file__, address], stdin=subprocess.PIPE, env=environment))
+    while not address.exists():
+        time.sleep(0.05)
+    return made
+
+
+_KEPT: list[subprocess.Popen] = []  # its stdin closes with this process, which tells it to end
+
+
+def _serve(address: str) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)  # callers wait while it imports
+    for name in PRELOADED:
+        importlib.import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for these children
+    while listener in select.select([listener, sys.stdin], [], [])[0]:
+        caller, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            os._exit(_run(caller))
+        caller.close()
+
+
+def _run(caller: socket.socket) -> int:
+    """In a process of its own: what the caller asked for; tells it the process and, at the end, the status."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    size, streams, *_ = socket.recv_fds(caller, 8, 3)
+    asked = b""
+    while len(asked) < int.from_bytes(size, "big"):
+        asked += caller.recv(1 << 16)
+    (module, *words), where, environment = json.loads(asked)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, buffering=1) for n, mode in enumerate("rww"))
+    os.chdir(where)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [module, *words]
+    sys.path[:1] = [where, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    caller.sendall(f"{os.getpid()}\n".encode())
+    status = _status_of(module)
+    caller.sendall(f"{status}\n".encode())
+    return status
+
+
+def _status_of(module: str) -> int:
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        threading._shutdown()  # threads that are no daemons are waited for, as at the end of any program
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
