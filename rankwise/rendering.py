@@ -5,10 +5,15 @@ policy will be given when it answers. An answer's tokens are what tokenize(promp
 tokenizer would merge characters across the boundary, the answer's text is tokenized by itself and the row is
 marked, so that the data doctor can count it. A plain-text answer ends in the EOS token; a chat answer ends as the
 chat template ends it; a sampled answer that was cut does not end.
+
+Text is data: a special token that is spelled out in an answer or in a turn of a chat (</s>, <|im_end|>) is tokenized as
+the characters that it is written in, so nobody ends a turn, or begins one, by writing so. A plain-text prompt is the
+whole input, continued verbatim: special tokens that it spells out are meant.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -65,6 +70,7 @@ class Renderer:
         # Some tokenizers close every text with EOS by themselves; a prompt must stay open.
         probe = tokenizer("a")["input_ids"]
         self._closing = int(bool(probe) and probe[-1] == tokenizer.eos_token_id)
+        self._special = _special(tokenizer)
 
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
         """Tokens of a prompt, ready for an answer to follow; whole, whatever the limits."""
@@ -73,7 +79,9 @@ class Renderer:
         return self._template(prompt, add_generation_prompt=True)
 
     def answer_ids(self, prompt: Sequence[Message], prompt_ids: Sequence[int], text: str) -> tuple[list[int], bool]:
-        """Tokens of an answer after its prompt, its end token included; and whether the boundary merged."""
+        """Tokens of an answer after its prompt, its end token included; and whether they are those of its text alone."""
+        if self._special.search(text):
+            return [*self._as_written(text), self.tokenizer.eos_token_id], True
         if _is_text(prompt):
             whole = self.tokenizer(prompt[0].content + text)["input_ids"]
             whole = whole[: -self._closing or None]
@@ -147,10 +155,50 @@ class Renderer:
                 "or import the data as plain text"
             )
         chat = [{"role": message.role, "content": message.content} for message in messages]
+        if any(self._special.search(message.content) for message in messages):
+            return self._template_of_data(chat, add_generation_prompt=add_generation_prompt)
         rendered = self.tokenizer.apply_chat_template(
             chat, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
         )
         return list(rendered["input_ids"])
+
+    def _template_of_data(self, chat: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
+        """A chat whose turns spell out special tokens: these are put in after the template, as they are written."""
+        written: list[str] = []
+        mark = _unused_character("".join(turn["content"] for turn in chat))
+
+        def held(found: re.Match[str]) -> str:
+            written.append(found[0])
+            return f"{mark}{len(written) - 1}{mark}"
+
+        held_back = [{**turn, "content": self._special.sub(held, turn["content"])} for turn in chat]
+        rendered = self.tokenizer.apply_chat_template(
+            held_back, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+        parts = re.split(f"{mark}([0-9]+){mark}", rendered)
+        ids: list[int] = []
+        for number, part in enumerate(parts):
+            if number % 2:
+                ids += self._as_written(written[int(part)])
+            elif part:
+                ids += self.tokenizer(part, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _as_written(self, text: str) -> list[int]:
+        """Tokens of a text by itself, in which no character is a special token."""
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches what is a special token wherever it stands in a text."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    texts = sorted(filter(None, {*added, *tokenizer.all_special_tokens}), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+
+def _unused_character(text: str) -> str:
+    """A character of private use that a text does not hold."""
+    return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
 
 
 def _is_text(prompt: Sequence[Message]) -> bool:
