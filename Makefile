@@ -11,13 +11,19 @@ BIN    := $(VENV)/bin
 # Processes that share the tests out, file by file; each takes about 1 GiB.
 TEST_WORKERS ?= 2
 READY  := $(VENV)/.installed
+# Every file that pip fetches is held against the lock; the project's own folder, of which there is no hash, may stand
+# beside them. pip itself comes first: an older one cannot do that.
+LOCK   := constraints.hashed.txt
+HELD   := --no-require-hashes --constraint $(LOCK) --build-constraint $(LOCK)
+TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 FLOW_ARGS := $(if $(TARGET),--target $(TARGET)) $(if $(FORCE),--force $(FORCE)) \
              $(if $(RECIPE),--recipe $(RECIPE)) $(if $(DATA),--data $(DATA))
 AGAIN     := make run$(if $(TARGET), TARGET=$(TARGET))$(if $(FORCE), FORCE=$(FORCE))$(if $(RECIPE), RECIPE=$(RECIPE))$(if $(DATA), DATA="$(DATA)")
 
 .DEFAULT_GOAL := help
-.PHONY: help run repro test suite mlflow prefect up down environment
+.PHONY: help run repro test suite mlflow prefect up down environment audit
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -48,10 +54,20 @@ down: $(READY) ## stop them, keep their data
 
 environment: $(READY) ## make the environment and no more
 
-# The stamp is written last, so an installation that broke off is done again.
-$(READY): pyproject.toml constraints.txt
+audit: ## known vulnerabilities of the versions in the lock, asked of the package index (docs/security.md)
+	@test -x $(VENV)/audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install --quiet pip-audit; }
+	@$(VENV)/audit/bin/pip-audit --strict --disable-pip --requirement $(LOCK) $(AUDIT_ARGS)
+
+# The stamp is written last, so an installation that broke off is done again. Which build of PyTorch, CPU or CUDA, is
+# for the machine's own configuration of pip to say: it is chosen before there are hashes to choose by.
+$(READY): pyproject.toml constraints.txt $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the environment into $(VENV) (minutes, once)"
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@sed -n '/^pip==/,/[^\\]$$/p' $(LOCK) > $(VENV)/pip.txt
+	@$(PIP) install --quiet --require-hashes -r $(VENV)/pip.txt
+	@test -n "$(wildcard $(VENV)/lib/*/site-packages/torch-$(TORCH)[+.]*)" || { \
+	  $(PIP) download --quiet --no-deps --dest $(VENV)/torch torch==$(TORCH) && \
+	  $(PIP) install --quiet --no-deps --no-index --find-links $(VENV)/torch $(HELD) torch && rm -r $(VENV)/torch; }
+	@$(PIP) install --quiet $(HELD) -e '.[dev]'
 	@touch $@
