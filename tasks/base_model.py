@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rankwise.rows import read_rows
 from rankwise.types import UserError, show_prompt
-from tasks.params import param
+from tasks.params import below, param
 from tasks.stage import Stage, main, output_folder
 
 if TYPE_CHECKING:
@@ -63,10 +63,10 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
 
 
 def _resolve(params: Params, source: Path) -> str | Path:
-    folder = source / params.source
+    folder = below(source, params.source, where="base_model.source")
     if folder.is_dir():
         return folder
-    if params.source.startswith((".", "/", "~")) or params.source.count("/") != 1:
+    if params.source.startswith((".", "~")) or params.source.count("/") != 1:
         raise UserError(
             f"base_model.source: {params.source!r} is neither a folder below {source} nor a hub id (owner/name); "
             f"put or link the model's folder there, or write embedded"

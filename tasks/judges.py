@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rankwise.types import UserError
-from tasks.params import build, param
+from tasks.params import below, build, param
 from tasks.tracking import home
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _server(params: JudgeParams, *, source: Path, where: str, prefix: str, **_: 
 def _stored(params: JudgeParams, *, source: Path, where: str, **_: object) -> Judge:
     from rankwise.stored_judge import StoredJudge
 
-    path = source / params.verdicts
+    path = below(source, params.verdicts, where=f"{where}.verdicts")
     if not params.verdicts or not path.is_file():
         raise UserError(f"{where}.verdicts: {path}: no such file; kind is stored, so name one with replies in {source}")
     return StoredJudge(path, annotator=params.annotator)
@@ -218,7 +218,7 @@ def _stored(params: JudgeParams, *, source: Path, where: str, **_: object) -> Ju
 
 def _folder(params: JudgeParams, trained: Path, source: Path, where: str) -> Path:
     """The judge's model folder."""
-    folder = trained if params.model == TRAINED else source / params.model
+    folder = trained if params.model == TRAINED else below(source, params.model, where=f"{where}.model")
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{where}.model: {params.model!r} is no model: {folder}/config.json is missing; "

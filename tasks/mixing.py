@@ -16,7 +16,7 @@ from pathlib import Path
 from rankwise.corpus import draft, opening
 from rankwise.types import Answer, Row, UserError, show_prompt, text_prompt
 from tasks.formats import HUB
-from tasks.params import build, default_of
+from tasks.params import below, build, default_of
 from tasks.sources import File, read_examples, same
 from tasks.tables import JUDGED, TRAINED, keys
 
@@ -90,19 +90,15 @@ def _file(role: str, entry: dict) -> File:
     file = build(File, {**defaults, **entry}, where=f"prompts.files.{role}")
     if not file.path:
         raise UserError(f"prompts.files.{role}: path is missing; add path: a file under data/source")
-    if Path(file.path).is_absolute():
-        raise UserError(
-            f"prompts.files.{role}.path: {file.path} is absolute, so DVC could not see it change; "
-            "link or copy it into data/source and give its path from there"
-        )
     return file
 
 
 def _read(
     role: str, file: File, source: Path, seed: int, opening_words: int, left_out: Counter[str], log: Callable
 ) -> list[Row]:
-    path = file.path if file.path.startswith(HUB) else source / file.path
-    if file.path.startswith(HUB) and "@" not in file.path:
+    hub = file.path.startswith(HUB)
+    path = file.path if hub else below(source, file.path, where=f"prompts.files.{role}.path")
+    if hub and "@" not in file.path:
         log(f"{role}: {file.path} has no @revision: the data may change from run to run")
     rows: Iterable[Row] = read_examples(path, file, opening_words=opening_words, left_out=left_out)
     if not file.limit:

@@ -114,6 +114,19 @@ def merged(default: Any, overlay: Any) -> Any:
     return {**own, **{key: value for key, value in overlay.items() if key not in own}}
 
 
+def below(folder: Path, name: str, *, where: str) -> Path:
+    """The path of a file or folder that a parameter names below a folder; links in that folder may lead elsewhere.
+
+    Raises UserError for a name that leads out of it by itself.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(
+            f"{where}: {name} {'is absolute' if Path(name).is_absolute() else 'leads'} outside {folder}, where DVC could "
+            f"not see it change; link or copy it into {folder} and give its path from there"
+        )
+    return folder / name
+
+
 def default_of(spec: Field) -> Any:
     """The default of one declared parameter."""
     return spec.default if spec.default is not MISSING else spec.default_factory()

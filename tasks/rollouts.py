@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rankwise.rows import read_rows, write_rows
 from rankwise.types import Answer, Row, UserError, show_prompt
-from tasks.params import param
+from tasks.params import below, param
 from tasks.stage import Stage, is_first_rank, main
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _requests(params: Params, paths: Paths, round_: int) -> dict[str, Request]:
 
 def _teacher(teacher: TeacherParams, paths: Paths) -> Path | None:
     """The teacher's folder; None where a server knows it by its name alone."""
-    folder = paths.source / teacher.model
+    folder = below(paths.source, teacher.model, where="rollouts.teacher.model")
     if teacher.model and (folder / "config.json").is_file():
         return folder
     if not teacher.model or teacher.engine != "server":

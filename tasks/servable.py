@@ -68,8 +68,9 @@ class Policy:
             from rankwise.rendering import Renderer
 
             folder = find_weights(self._folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
-            self._loaded = model, Renderer(AutoTokenizer.from_pretrained(folder))
+            # Said, not left to the default, which asks at a terminal: code that comes with a model does not run here.
+            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False).eval()
+            self._loaded = model, Renderer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
         return self._loaded
 
 

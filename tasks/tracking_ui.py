@@ -54,14 +54,15 @@ def _backfill() -> int:
     return 0
 
 
-def ui_command(port: int) -> list[str]:
-    """The command that serves the store in use. Raises UserError where there is no store yet."""
+def ui_command(port: int) -> tuple[list[str], dict[str, str]]:
+    """The command that serves the store in use, and what it needs in its environment: the store's address, which may
+    hold a password and would be in the list of processes. Raises UserError where there is no store yet."""
     root = (home() / "mlflow").resolve()
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
     if uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///")):
         raise UserError(f"{uri.removeprefix('sqlite:///')}: no runs yet; make some first: make run")
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
-    return [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    return command, {"MLFLOW_BACKEND_STORE_URI": uri}
 
 
 def _show(port: int, *, only_print: bool) -> int:
@@ -69,17 +70,18 @@ def _show(port: int, *, only_print: bool) -> int:
     if uri.startswith("http"):
         print(f"the runs are on the server that MLFLOW_TRACKING_URI names: {uri.rpartition('@')[2]}")
         return 0
-    command = ui_command(port)
+    command, store = ui_command(port)
     # Without this MLflow also starts job runners: 2.4 GB instead of 0.5.
     settings = SETTINGS | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     if only_print:
-        print(" ".join([f"{key}={value}" for key, value in settings.items()] + [shlex.join(command)]))
+        shown = {name: '"$MLFLOW_TRACKING_URI"' if uri else value for name, value in store.items()}
+        print(" ".join([f"{key}={value}" for key, value in (settings | shown).items()] + [shlex.join(command)]))
         return 0
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise UserError(f"port {port} is in use; choose another: python -m tasks.tracking ui --port {port + 1}")
     print(f"MLflow: http://127.0.0.1:{port}/{_last_pipeline()}   (Ctrl-C ends it)", flush=True)
-    os.environ.update(settings)
+    os.environ.update(settings | store)
     os.execv(command[0], command)
 
 

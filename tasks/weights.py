@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from rankwise.types import UserError
 from tasks import lineage, params, tracking
 
 DVC_S = 3600.0  # how long DVC may fetch weights
+MD5 = re.compile(r"[0-9a-f]{32}\.dir")  # of a folder, as DVC writes it
 
 # Puts a copy of the weights that is kept elsewhere into a new folder; False where there is none.
 Download = Callable[[Path], bool]
@@ -41,6 +43,8 @@ def find(md5: str, path: Path, *, revisions: Sequence[str] = (), download: Downl
 
     Raises UserError that names what was tried.
     """
+    if not MD5.fullmatch(md5):  # from the registry, and a part of paths from here on
+        raise UserError(f"the version's md5 is {md5!r}, and 32 hex digits and .dir were expected: register it again")
     made = home() / md5.removesuffix(".dir")
     given = os.environ.get("RANKWISE_POLICY")
     tried = []
@@ -119,6 +123,9 @@ def _from_cache(md5: str, aside: Path) -> bool:
         return False
     for entry in json.loads(listing.read_text(encoding="utf-8")):
         source, target = _object(cache, entry["md5"]), aside / entry["relpath"]
+        # A cache is filled from a remote that others write too: a name must not lead out of the folder.
+        if not target.is_relative_to(aside) or ".." in target.parts:
+            raise UserError(f"{listing}: names a file outside its folder ({entry['relpath']!r}); nothing was written there")
         if not source.is_file():
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +144,8 @@ def _from_revision(path: Path, revision: str, aside: Path) -> bool:
     """By DVC from this repository as it was at a revision, out of its remote if need be."""
     if path.is_absolute():
         return False
-    return _dvc("get", ".", str(path), "--rev", revision, "-o", str(aside)) is not None
+    # With =, and after --: what a version says of itself is no option of DVC's.
+    return _dvc("get", f"--rev={revision}", f"--out={aside}", "--", ".", str(path)) is not None
 
 
 def _dvc(*words: str) -> str | None:
