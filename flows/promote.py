@@ -31,7 +31,7 @@ from flows import checkout, graph, keys, process
 from flows.command import Command
 from flows.stages import MISTAKE, NAMES, begin, gpu_place, leave_artifact, only_run
 from flows.summary import Outcome
-from rankwise.types import UserError
+from rankwise.types import UserError, printable
 from tasks.promote import RECORD
 from tasks.promotion_page import for_run, headline
 
@@ -128,8 +128,8 @@ def _run_task(*words: str) -> dict[str, Any]:
 
     def show(line: str) -> None:
         if line.strip():
-            last[0] = line
-            logger.info("%s", line)
+            last[0] = printable(line)
+            logger.info("%s", last[0])
 
     command = [sys.executable, "-m", "tasks.promote", *filter(None, words)]
     with gpu_place(checkout.current() is not None):

@@ -24,7 +24,7 @@ from prefect.states import Cancelled, Completed, Failed, State
 from flows import checkout, graph, process, summary
 from flows.exchange import begin_with
 from flows.summary import Outcome
-from rankwise.types import UserError
+from rankwise.types import UserError, printable
 
 # Stages that ask services outside this machine, through code of the user's too: these are tried again whatever broke,
 # and any other one that says itself that its trouble may pass; after so many seconds each time.
@@ -106,7 +106,7 @@ def run_stage(stage: str, force: bool = False, accelerated: bool = False) -> Sta
     logger, reading, began = get_run_logger(), graph.Reading(stage), time.monotonic()
 
     def show(line: str) -> None:
-        if (text := reading.take(line)) is not None:
+        if (text := reading.take(printable(line))) is not None:
             logger.info("%s", text)
 
     run = going.get()

@@ -46,10 +46,10 @@ def hashes(text: str) -> dict[str, list[str]]:
     """Digests by pin, in their order."""
     found: dict[str, list[str]] = {}
     for line in text.splitlines():
-        if digest := re.fullmatch(r"    --hash=sha256:([0-9a-f]{64})(?: \\)?", line):
-            found[pin].append(digest[1])
-        elif own := pins(line):
-            found[pin := own[0]] = []
+        if named := pins(line):
+            of = found[named[0]] = []
+        elif digest := re.fullmatch(r"    --hash=sha256:([0-9a-f]{64})(?: \\)?", line):
+            of.append(digest[1])
     return found
 
 
@@ -68,10 +68,10 @@ def compile_(*options: str) -> str:
 def with_elsewhere(text: str) -> str:
     """The lock with what is known of files from elsewhere, each under its version."""
     for pin, files in ELSEWHERE.items():
-        own = "".join(f" \\\n    --hash=sha256:{digest}" for digest in files.values())
-        text, found = re.subn(rf"^({re.escape(pin)}(?: ;.*?)?)(?= \\$)", lambda at: at[1] + own, text, flags=re.M)
-        if found != 1:
-            raise SystemExit(f"error: {pin} is no longer in constraints.txt: bring ELSEWHERE of infra/lock.py up to date")
+        if text.count(f"\n{pin} \\\n") != 1:
+            raise SystemExit(f"error: {pin} is not in constraints.txt: bring ELSEWHERE of infra/lock.py up to date")
+        own = "".join(f"    --hash=sha256:{digest} \\\n" for digest in files.values())
+        text = text.replace(f"\n{pin} \\\n", f"\n{pin} \\\n{own}")
     return text
 
 

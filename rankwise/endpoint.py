@@ -21,7 +21,7 @@ from typing import Any
 from rankwise.client import Client, Endpoint, Malformed, Refused, Unanswered, synchronously
 from rankwise.dialects import DIALECTS, Dialect
 from rankwise.sampling import Sampled, Sampling, Wanted
-from rankwise.types import Unavailable, UserError
+from rankwise.types import Unavailable, UserError, printable
 
 SHOWN = 5  # prompts that a message names
 
@@ -116,12 +116,12 @@ class ServerEngine:
         pages = {"vllm": "/version", "sglang": "/get_server_info"}
         if owner in pages:
             told = await client.get(pages[owner])
-            self.version = f"{owner} {told.get('version', '') if isinstance(told, dict) else ''}".strip()
+            self.version = printable(f"{owner} {told.get('version', '') if isinstance(told, dict) else ''}".strip())
             return owner
         if await _is_transformers(client):
             self.version = "transformers serve"
             return "transformers"
-        self.version = owner or "unknown"
+        self.version = printable(owner) or "unknown"
         return "plain"
 
     async def _tried(self, client: Client, server: _Server, first: Wanted) -> _Server:

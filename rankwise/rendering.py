@@ -79,7 +79,7 @@ class Renderer:
         return self._template(prompt, add_generation_prompt=True)
 
     def answer_ids(self, prompt: Sequence[Message], prompt_ids: Sequence[int], text: str) -> tuple[list[int], bool]:
-        """Tokens of an answer after its prompt, its end token included; and whether they are those of its text alone."""
+        """Tokens of an answer after its prompt, its end token included; and whether its text was tokenized alone."""
         if self._special.search(text):
             return [*self._as_written(text), self.tokenizer.eos_token_id], True
         if _is_text(prompt):

@@ -13,16 +13,23 @@ Example:
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
+
+# What steers a terminal, or turns the direction of what follows, instead of being shown: all but tab and line end.
+_STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class UserError(ValueError):
     """A mistake that the user can mend: says what was given, where, why it cannot work, what to do.
 
     Stages show the message alone and exit with status 2; any other exception is a defect of ours and
-    keeps its traceback.
+    keeps its traceback. What it quotes may be anybody's; no message steers the terminal that shows it.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class Unavailable(UserError):
@@ -70,6 +77,11 @@ class Row:
     def ranked(self) -> tuple[Answer, ...]:
         """The answers that have a rank, best first; ties keep their order."""
         return tuple(sorted((a for a in self.answers if a.rank is not None), key=lambda a: a.rank))
+
+
+def printable(text: str) -> str:
+    """Text for a terminal or a log: what would steer it is written out (\\x1b, \\u202e)."""
+    return _STEERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def text_prompt(text: str) -> tuple[Message, ...]:

@@ -119,10 +119,11 @@ def below(folder: Path, name: str, *, where: str) -> Path:
 
     Raises UserError for a name that leads out of it by itself.
     """
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    absolute = Path(name).is_absolute()
+    if absolute or ".." in Path(name).parts:
         raise UserError(
-            f"{where}: {name} {'is absolute' if Path(name).is_absolute() else 'leads'} outside {folder}, where DVC could "
-            f"not see it change; link or copy it into {folder} and give its path from there"
+            f"{where}: {name} {'is absolute' if absolute else 'leads out of it'}, so DVC could not see it change; "
+            f"link or copy it into {folder} and give its path from there"
         )
     return folder / name
 

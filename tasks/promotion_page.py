@@ -11,7 +11,7 @@ from typing import Any
 from rankwise.types import Row, show_prompt
 from tasks import promotion
 from tasks.markup import Html, document, table, tag, text_of
-from tasks.pages import STYLE, band, markdown_table
+from tasks.pages import STYLE, band, cell, markdown_table
 from tasks.tracking_notes import PAD
 
 SHOWN = 50  # rows of the page at either end: most lost, most won
@@ -128,13 +128,13 @@ def for_run(record: Mapping[str, Any]) -> str:
     names |= {"samples": "the answers that differ", "run": "the comparison in MLflow"}
     links = [f"[{name}]({pages[key]})" for key, name in names.items() if pages.get(key)]
     why = "" if record["decision"] or record["verdict"] == "nothing" else f" {record['why']}."
-    parts = [f"**{headline(record)}.**{why}", " · ".join(links), changes(record), _markdown(record)]
+    parts = [f"**{cell(headline(record))}.**{why}", " · ".join(links), changes(record), _markdown(record)]
     return "\n\n".join(filter(None, parts))
 
 
 def for_version(record: Mapping[str, Any]) -> str:
     """What a version's page says of its promotion; the list of versions shows the first line, unrendered."""
-    parts = [headline(record), changes(record), _markdown(record)]
+    parts = [cell(headline(record)), changes(record), _markdown(record)]
     if run := record["pages"].get("run"):
         parts.insert(2, f"[The comparison, with the samples that changed]({run})")
     return "\n\n".join(filter(None, parts))

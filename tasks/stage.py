@@ -29,7 +29,7 @@ from typing import Any, TextIO, TypeVar
 
 from rankwise.rows import write_aside, write_json
 from rankwise.runtime import keep_freed_memory, spin_briefly
-from rankwise.types import Unavailable, UserError
+from rankwise.types import Unavailable, UserError, printable
 from tasks import rounds, tracking
 from tasks.params import default_of, read_entry, section_of
 
@@ -70,7 +70,7 @@ class Stage:
 
     def log(self, text: str) -> None:
         if is_first_rank():
-            print(f"[{self.name}] {text}", flush=True)
+            print(f"[{self.name}] {printable(text)}", flush=True)
 
     def section(self, name: str, params_type: type[P]) -> P:
         """Another stage's parameters of this run, where two stages must not be told one thing twice."""

@@ -125,7 +125,7 @@ def _from_cache(md5: str, aside: Path) -> bool:
         source, target = _object(cache, entry["md5"]), aside / entry["relpath"]
         # A cache is filled from a remote that others write too: a name must not lead out of the folder.
         if not target.is_relative_to(aside) or ".." in target.parts:
-            raise UserError(f"{listing}: names a file outside its folder ({entry['relpath']!r}); nothing was written there")
+            raise UserError(f"{listing}: names a file outside its folder, {entry['relpath']!r}, which is not written")
         if not source.is_file():
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
