@@ -123,7 +123,11 @@ def agree(spec: dict[str, Any], channel: Channel) -> None:
 @torch.inference_mode()
 def _margins(folder: str, case: Case, found: dict[str, Answers]) -> dict[str, float]:
     """By forward passes in float64 over prompt and answer together, without a cache, without padding."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).to(case.device).eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, use_safetensors=True, trust_remote_code=False)
+        .to(case.device)
+        .eval()
+    )
     prompts = [row.prompt for row in rows(case)]
     return {
         engine: max(_margin(model, p, one) for p, mine in zip(prompts, answers, strict=True) for one in mine)
@@ -230,7 +234,9 @@ def _server(task: Task) -> Iterator[Sampler]:
 
 def _model(task: Task) -> PreTrainedModel:
     """The model in the precision itself, which is faster than autocast."""
-    model = AutoModelForCausalLM.from_pretrained(task.folder, dtype=DTYPES[task.setting.precision])
+    model = AutoModelForCausalLM.from_pretrained(
+        task.folder, dtype=DTYPES[task.setting.precision], use_safetensors=True, trust_remote_code=False
+    )
     return model.to(task.case.device).eval()
 
 

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from rankwise.runtime import remote_code_allowed
 from rankwise.types import UserError
 
 # The library's bar for loading a handful of tensors says nothing that a log needs.
@@ -45,14 +46,6 @@ def device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def remote_code_allowed() -> bool:
-    """Whether Python code that comes with a model may run: only where RANKWISE_TRUST_REMOTE_CODE=1 asks for it.
-
-    It is a matter of the machine's safety, not of a result, so it is no parameter.
-    """
-    return os.environ.get("RANKWISE_TRUST_REMOTE_CODE") == "1"
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Settings of the process that make CPU training faster and that no user should have to know."""
+"""Settings of the process: what makes CPU training faster and no user should have to know, and what code may run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ import os
 import sys
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def remote_code_allowed() -> bool:
+    """Whether Python code that comes with a model may run: only where RANKWISE_TRUST_REMOTE_CODE=1 asks for it.
+
+    It is a matter of the machine's safety, not of a result, so it is no parameter.
+    """
+    return os.environ.get("RANKWISE_TRUST_REMOTE_CODE") == "1"
 
 
 def keep_freed_memory() -> bool:

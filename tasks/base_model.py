@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankwise.rows import read_rows
+from rankwise.runtime import remote_code_allowed
 from rankwise.types import UserError, show_prompt
 from tasks.params import below, param
 from tasks.stage import Stage, main, output_folder
@@ -73,8 +74,6 @@ def _resolve(params: Params, source: Path) -> str | Path:
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    from rankwise.checkpoints import remote_code_allowed
 
     try:
         return snapshot_download(

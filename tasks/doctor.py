@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from rankwise.progress import Progress
 from rankwise.rows import read_rows, write_aside
+from rankwise.runtime import remote_code_allowed
 from rankwise.types import Row, UserError
 from tasks.findings import SHOWN, Finding, Limits, examine, shared_with_eval
 from tasks.params import param
@@ -105,7 +106,7 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
     if not base.is_dir():
         raise UserError(f"{base}: no such folder; run the stage that makes it first (dvc repro shows which)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=remote_code_allowed())
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{base}: no tokenizer can be loaded from it ({error}); save one there") from None
     # Lengths are the doctor's own subject: the tokenizer need not warn of them.
@@ -169,7 +170,7 @@ MENDS = {
     "boundary_merges": "let the answer, not the prompt, hold the space between them",
     "double_bos": "remove the BOS token from the text or from the chat template",
     "missing_bos": "add the BOS token to the chat template",
-    "double_eos": "remove the EOS token from the answers' text",
+    "double_eos": "see the chat template, which may close a turn twice, and ids that came with the answers",
     "missing_eos": "let the chat template end an assistant's turn in EOS",
     "control_tokens": "remove such markers from the answers, or leave those rows out (prompts.files.*.leave_out_ids)",
     "empty_answers": "leave those rows out (prompts.files.*.leave_out: [empty_answers])",

@@ -217,7 +217,7 @@ def _prompts(table: Path, params: Params) -> list[Row]:
 def _check_room(kept: Sequence[Sequence[int]], params: Params, sft: Path) -> None:
     from transformers import AutoConfig
 
-    from rankwise.checkpoints import remote_code_allowed
+    from rankwise.runtime import remote_code_allowed
 
     config = AutoConfig.from_pretrained(sft, trust_remote_code=remote_code_allowed())
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)

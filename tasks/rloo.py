@@ -18,9 +18,10 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 
-from rankwise.checkpoints import device, load_causal_lm, remote_code_allowed
+from rankwise.checkpoints import device, load_causal_lm
 from rankwise.generation import end_tokens
 from rankwise.rendering import Renderer
+from rankwise.runtime import remote_code_allowed
 from rankwise.types import Message, Row, UserError
 
 if TYPE_CHECKING:

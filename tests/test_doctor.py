@@ -54,7 +54,7 @@ def examined(*rows, prompt=0, answer=0, context=0, tokenizer=None):
 ROWS = {
     "boundary_merges": (row("x", prompt="the ca", answers=("t", " sat")), {}),
     "double_bos": (row("x", prompt="<s>the cat"), {}),
-    "double_eos": (row("x", answers=(" sat</s>", " ate")), {}),
+    "double_eos": (Row(id="x", prompt=text_prompt("the"), answers=(Answer(text=" a", token_ids=(70, 1, 1)),)), {}),
     "control_tokens": (row("x", answers=(" sat <|im_end|>", " ate")), {}),
     "empty_answers": (row("x", answers=(" ", " ate")), {}),
     "identical_answers": (row("x", answers=(" sat", "sat ")), {}),

@@ -116,7 +116,7 @@ def _machine(options: argparse.Namespace, kind: str, here: torch.device) -> tupl
 def _config(model: str) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    from rankwise.checkpoints import remote_code_allowed
+    from rankwise.runtime import remote_code_allowed
 
     if model in PRESETS:
         return AutoConfig.for_model(**PRESETS[model])
