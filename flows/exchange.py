@@ -92,7 +92,7 @@ def _push_data() -> str:
 
 
 def _dvc(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dvc", *words], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "flows.guarded_dvc", *words], capture_output=True, text=True)
 
 
 def _commit(title: str) -> str | None:

@@ -111,7 +111,7 @@ def run_stage(stage: str, force: bool = False, accelerated: bool = False) -> Sta
 
     run = going.get()
     options = ["--force"] * force + ["--pull"] * run.pull
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", *options, stage]
+    command = [sys.executable, "-m", "flows.guarded_dvc", "--wait-for-lock", "repro", "--single-item", *options, stage]
     # `python` and `accelerate` in dvc.yaml are those of this environment, activated or not.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, **run.environment, "PATH": path}
