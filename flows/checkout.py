@@ -201,6 +201,8 @@ def _configure(folder: Path, here: Path | None, cache: Path) -> None:
         with own.config.edit("local") as config:
             for section, values in local.items():
                 config[section] |= {name: value for name, value in values.items() if value}
+        # A remote's key may come from a file that its owner alone can read.
+        os.chmod(own.config.files["local"], 0o600)
 
 
 def _refuse_relative(own: Any, local: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from flows import graph, server
 from flows.stages import MISTAKE, only_run
 from flows.summary import Outcome
 from rankwise.types import UserError
+from tasks.tracking import without_password
 
 
 class _Terminated(BaseException):
@@ -112,7 +113,11 @@ class Command:
             if not kept:
                 _let_settle(run_id, sum(outcome.state != "not run" for outcome in outcomes))
         page = f"/runs/flow-run/{run_id}"
-        where = url.removesuffix("/api") + page if kept else f"make prefect, then http://127.0.0.1:4200{page}"
+        where = (
+            without_password(url).removesuffix("/api") + page
+            if kept
+            else f"make prefect, then http://127.0.0.1:4200{page}"
+        )
         if outcomes:
             self.show(outcomes, prefect=where)
         if state.is_completed():

@@ -277,7 +277,7 @@ class _Worker:
     def _fail(self, reason: str) -> None:
         if self._dead:
             return
-        reason = re.sub(r"//[^/@\s]*@", "//", reason)  # MLflow quotes the address, with the password in it
+        reason = without_password(reason)  # MLflow quotes the address
         self._dead, self.trouble = True, _with_mend(reason)
         if self._warns:
             print(
@@ -289,9 +289,14 @@ class _Worker:
         self._replies.put(None)  # last: whoever waits for it goes on, and may end
 
 
+def without_password(text: str) -> str:
+    """A text whose addresses hold no user and no password: https://me:secret@host becomes https://host."""
+    return re.sub(r"//[^/\s]*@", "//", text)
+
+
 def _with_mend(reason: str) -> str:
     """Why MLflow could not be used, and what to do about it."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "").rpartition("@")[2] or f"the store in {home() / 'mlflow'}"
+    uri = without_password(os.environ.get("MLFLOW_TRACKING_URI", "")) or f"the store in {home() / 'mlflow'}"
     mend = "see that MLFLOW_TRACKING_URI names a server that runs"
     if "401" in reason or "authenticated" in reason:
         mend = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account of that server"

@@ -26,7 +26,7 @@ from mlflow.tracking import MlflowClient
 from rankwise.types import UserError
 from tasks import lineage, tracking_models, tracking_notes
 from tasks.recipe import STAGES
-from tasks.tracking import home
+from tasks.tracking import home, without_password
 
 HEADLINE = re.compile(r"loss|accura|margin|\bkl|win_rate|reward|distinct|length|agreement|entropy|share|tie", re.I)
 NEVER_HEADLINE = re.compile(r"^time/|per_second")
@@ -269,7 +269,7 @@ def _system_monitor(run_id: str) -> SystemMetricsMonitor | None:
 def address_of(page: str) -> str:
     """A page of MLflow's as an address: on the server in use, or where `python -m tasks.tracking ui` shows it."""
     uri = os.environ["MLFLOW_TRACKING_URI"]
-    server = re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    server = without_password(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
     return f"{server}/{page}"
 
 

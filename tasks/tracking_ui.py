@@ -10,7 +10,7 @@ import socket
 import sys
 
 from rankwise.types import UserError
-from tasks.tracking import PATIENCE_COPY_S, home, registry
+from tasks.tracking import PATIENCE_COPY_S, home, registry, without_password
 from tasks.tracking_worker import SETTINGS
 
 UI = """Start MLflow's page for the store in use, on this machine only. MLflow may open on its page for chat
@@ -68,7 +68,7 @@ def ui_command(port: int) -> tuple[list[str], dict[str, str]]:
 def _show(port: int, *, only_print: bool) -> int:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri.startswith("http"):
-        print(f"the runs are on the server that MLFLOW_TRACKING_URI names: {uri.rpartition('@')[2]}")
+        print(f"the runs are on the server that MLFLOW_TRACKING_URI names: {without_password(uri)}")
         return 0
     command, store = ui_command(port)
     # Without this MLflow also starts job runners: 2.4 GB instead of 0.5.

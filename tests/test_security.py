@@ -95,3 +95,19 @@ def test_no_module_unpickles_evaluates_or_hands_data_to_a_shell():
 )
 def test_each_of_these_would_be_found(text):
     assert list(faults(ast.parse(text)))
+
+
+def test_every_server_that_a_command_starts_for_one_person_listens_on_this_machine_alone(tmp_path, monkeypatch):
+    """It asks for no password; servers of a team are another matter (test_stack.py)."""
+    from flows import server
+    from rankwise.serving import VLLM
+    from tasks.tracking_ui import ui_command
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql:///mlflow")
+    asked: list[list[str]] = []
+    monkeypatch.setattr(server, "HOME", tmp_path)
+    monkeypatch.setattr(server.subprocess, "Popen", lambda words, **_: asked.append(words))
+    server.Server(4200, lean=False)
+    for words in (VLLM.split(), ui_command(5000)[0], *asked):
+        assert words[words.index("--host") + 1] == "127.0.0.1"
+    assert len(asked) == 1
