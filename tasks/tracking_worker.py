@@ -15,7 +15,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import MutableMapping
 from typing import Any, TextIO
+from urllib.parse import unquote, urlsplit
 
 FLUSH_EVERY_S = 1.0
 BATCH = 1000  # MLflow's limit of metrics a request
@@ -40,6 +42,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     os.nice(5)  # the training step comes first
     os.environ.update({key: value for key, value in SETTINGS.items() if key not in os.environ})
+    part_from_password(os.environ)
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what MLflow prints is not a reply
     messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
@@ -60,6 +63,19 @@ def main() -> int:
             recorder.give_up()
         return 1
     return 0
+
+
+def part_from_password(environment: MutableMapping[str, str]) -> None:
+    """Take user and password out of the server's address, and give them to MLflow apart.
+
+    It quotes the address in its log, in errors and on pages.
+    """
+    parts = urlsplit(environment.get("MLFLOW_TRACKING_URI", ""))
+    if parts.scheme not in ("http", "https") or parts.username is None:
+        return
+    environment["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+    environment["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+    environment["MLFLOW_TRACKING_URI"] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _recorder(start: dict[str, Any]) -> Any:

@@ -22,6 +22,7 @@ from fault_server import FaultServer, Judging
 
 from tasks import tracking_ui
 from tasks.tracking import without_password
+from tasks.tracking_worker import part_from_password
 
 # One for each variable that may hold a secret in the environment of a run; without a server of its own, none is used.
 CANARIES = {
@@ -104,6 +105,19 @@ def test_an_address_that_is_shown_holds_no_user_and_no_password(address):
     assert "SECRET" not in said and "//host" in said and said.endswith("https://docs/@x")
 
 
+def test_a_trackers_address_is_parted_from_its_password():
+    given = {"MLFLOW_TRACKING_URI": "https://me:p%40ss@host:5000/x", "MLFLOW_TRACKING_PASSWORD": "another"}
+    part_from_password(given)
+    assert given == {
+        "MLFLOW_TRACKING_URI": "https://host:5000/x",
+        "MLFLOW_TRACKING_USERNAME": "me",
+        "MLFLOW_TRACKING_PASSWORD": "p@ss",  # as it was: what stands in an address wins
+    }
+    for store in ("sqlite:///a.db", "https://host", "postgresql://me:p@host/x"):
+        part_from_password(kept := {"MLFLOW_TRACKING_URI": store})
+        assert kept == {"MLFLOW_TRACKING_URI": store}
+
+
 def test_the_address_of_mlflows_store_is_on_no_command_line(monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:SECRET@127.0.0.1/mlflow")
     command, environment = tracking_ui.ui_command(5000)
@@ -166,15 +180,15 @@ def test_runs_that_succeed_and_fail_leave_no_secret_in_a_file_a_log_or_a_command
     with FaultServer(judge=Judging(), key=CANARIES["RANKWISE_JUDGE_API_KEY"], echo=True) as right:
         assert flow(RANKWISE_JUDGE_URL=right.url) == 0, said[-1][-3000:]
     with FaultServer(judge=Judging(), key="another", echo=True) as wrong:
-        assert flow("--set", "verdicts.judge.samples=1", "--force", "verdicts", RANKWISE_JUDGE_URL=wrong.url) != 0
+        assert flow("--set", "verdicts.judge.rubric=recipes/rubrics/sentiment.md", RANKWISE_JUDGE_URL=wrong.url) == 2
     away = {
         "RANKWISE_JUDGE_URL": "http://127.0.0.1:9/v1",
         "MLFLOW_TRACKING_URI": f"http://me:{IN_ADDRESSES['tracking']}@127.0.0.1:9",
     }
-    assert flow("--force", "verdicts", **away) != 0
-    assert flow("--force", "verdicts", RANKWISE_JUDGE_URL=f"http://me:{IN_ADDRESSES['judge']}@127.0.0.1:9/v1") == 2
+    assert flow(**away) == 1
+    assert flow(RANKWISE_JUDGE_URL=f"http://me:{IN_ADDRESSES['judge']}@127.0.0.1:9/v1") == 2
     store = f"postgresql://me:{IN_ADDRESSES['store']}@127.0.0.1:9/mlflow"
-    flow("--force", "verdicts", RANKWISE_JUDGE_URL="http://127.0.0.1:9/v1", MLFLOW_TRACKING_URI=store)
+    flow(RANKWISE_JUDGE_URL="http://127.0.0.1:9/v1", MLFLOW_TRACKING_URI=store)
     ui = subprocess.Popen(
         [sys.executable, "-m", "tasks.tracking", "ui", "--port", "0"],
         cwd=own.root,
