@@ -188,7 +188,6 @@ def test_runs_that_succeed_and_fail_leave_no_secret_in_a_file_a_log_or_a_command
     assert flow(**away) == 1
     assert flow(RANKWISE_JUDGE_URL=f"http://me:{IN_ADDRESSES['judge']}@127.0.0.1:9/v1") == 2
     store = f"postgresql://me:{IN_ADDRESSES['store']}@127.0.0.1:9/mlflow"
-    flow(RANKWISE_JUDGE_URL="http://127.0.0.1:9/v1", MLFLOW_TRACKING_URI=store)
     ui = subprocess.Popen(
         [sys.executable, "-m", "tasks.tracking", "ui", "--port", "0"],
         cwd=own.root,

@@ -324,7 +324,7 @@ def test_results_that_no_run_has_are_recorded_once_and_spoilt_ones_are_left(stor
 
 def test_a_command_that_needs_the_registry_says_why_it_has_none(store, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://a:b@127.0.0.1:{closed_port()}")
-    said = r"MLflow \(127.0.0.1:\d+\).*names a server that runs"
+    said = r"MLflow \(http://127.0.0.1:\d+\).*names a server that runs"
     with pytest.raises(UserError, match=said) as told, tracking.registry() as registry:
         registry.ask("versions", name="m")
     assert "a:b" not in str(told.value) and capfd.readouterr().err == ""
