@@ -29,6 +29,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from flows.git import git, last_line
+from rankwise import json_text
 from rankwise.types import UserError
 from tasks.tracking import home
 
@@ -78,7 +79,16 @@ def current() -> Checkout | None:
     """The checkout that this process works in; None where the folder is a person's."""
     if not NOTE.exists():
         return None
-    return Checkout(**json.loads(NOTE.read_text(encoding="utf-8")))
+    mend = "remove this checkout and run the deployment again"
+    found = json_text.read(NOTE, mend)
+    with json_text.as_written(NOTE, mend):
+        return Checkout(**{name: _text(value) for name, value in found.items()})
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def _find_or_make(repository: str, revision: str) -> Path:

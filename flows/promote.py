@@ -12,7 +12,6 @@ over, nothing has changed and the run has failed. The checkout is free for other
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -34,8 +33,10 @@ from flows.summary import Outcome
 from rankwise.types import UserError, printable
 from tasks.promote import RECORD
 from tasks.promotion_page import for_run, headline
+from tasks.stage import read_json
 
 ARTIFACT = "promotion"
+MOST_HOURS = 24 * 366
 LOOK_EVERY_S = 2  # seconds between two looks at whether somebody has decided
 
 
@@ -87,8 +88,8 @@ def prepare(approval: bool, apply: bool, wait_hours: float) -> list[graph.Node]:
     """Check what was asked for; no stage of DVC's is run."""
     if approval and apply:
         raise UserError("approval and apply were both asked for: either a person decides or the rule does")
-    if wait_hours <= 0:
-        raise UserError(f"wait_hours {wait_hours:g}: a person needs some time, more than 0 hours")
+    if not 0 < wait_hours <= MOST_HOURS:
+        raise UserError(f"wait_hours {wait_hours:g}: a person needs some time, more than 0 hours and at most a year")
     return []
 
 
@@ -136,7 +137,7 @@ def _run_task(*words: str) -> dict[str, Any]:
         status = process.run(command, show, env={**os.environ, **keys.from_secrets(os.environ)})
     if status:
         raise _TaskFailed(status, last[0].removeprefix("error: "))
-    return json.loads(RECORD.read_text(encoding="utf-8"))
+    return read_json(RECORD)
 
 
 def _leave(record: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ keeps open here, else one that it starts for itself. Prefect's own serverless mo
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import process
+from rankwise import json_text
 from rankwise.types import UserError
 from tasks.tracking import home
 
@@ -94,10 +96,10 @@ class Server:
 def kept_open() -> str | None:
     """The API address of the server that `python -m flows.server` keeps open in this checkout, if it answers."""
     try:
-        url = json.loads((HOME / "server.json").read_text(encoding="utf-8"))["url"]
-    except (OSError, ValueError, KeyError):
+        url = json_text.parse((HOME / "server.json").read_text(encoding="utf-8"))["url"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    return url if healthy(url) else None
+    return url if isinstance(url, str) and healthy(url) else None
 
 
 def healthy(url: str) -> bool:
@@ -105,7 +107,7 @@ def healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=2) as reply:
             return reply.status == 200
-    except (urllib.error.URLError, OSError):
+    except (OSError, ValueError, http.client.HTTPException):  # also where it is no address at all
         return False
 
 

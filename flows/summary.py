@@ -6,14 +6,14 @@ always be shown, whether a stage ran just now or was cached. What no stage wrote
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from rankwise import json_text
+from rankwise.types import UserError
+from tasks.params import read_yaml
 from tasks.rounds import stage_files
 from tasks.tracking import home
 
@@ -80,7 +80,7 @@ def headline(report: dict[str, Any] | None = None) -> list[tuple[str, str, str]]
     A value with an interval is shown as `mean [low, high]`.
     """
     report = metrics_of(last_round("evaluate")) if report is None else report
-    wins = report.get("win_rate", {})
+    wins = _section(report, "win_rate")
     both = ("policy", "reference")
     found = [
         ("win rate (judge)", wins.get("judge"), None, True),
@@ -102,16 +102,17 @@ def headline(report: dict[str, Any] | None = None) -> list[tuple[str, str, str]]
 def rounds(report: dict[str, Any] | None = None) -> list[list[str]]:
     """A head and a row a round, of an evaluation report that has several; else empty."""
     report = metrics_of(last_round("evaluate")) if report is None else report
-    found = report.get("rounds") or {}
+    found = _section(report, "rounds")
     rows = [
         [
             number,
-            interval(one.get("win_rate", {}).get("judge"), percent=True),
-            interval(one.get("win_rate", {}).get("gold"), percent=True),
+            interval(_section(one, "win_rate").get("judge"), percent=True),
+            interval(_section(one, "win_rate").get("gold"), percent=True),
             interval(one.get("kl")),
             interval(one.get("length")),
         ]
         for number, one in found.items()
+        if isinstance(one, dict)
     ]
     return [["round", "win rate (judge)", "win rate (gold)", "KL (nats)", "words"], *rows] if rows else []
 
@@ -125,7 +126,8 @@ def interval(value: Any, percent: bool = False) -> str:
             return ""
         bounds = [interval(value[key], percent) for key in ("low", "high") if value.get(key) is not None]
         return interval(value["mean"], percent) + (f" [{', '.join(bounds)}]" if bounds else "")
-    return f"{100 * value:.1f} %" if percent else _short(value)
+    is_share = percent and isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f"{100 * value:.1f} %" if is_share else _short(value)
 
 
 def show(outcomes: list[Outcome], *, prefect: str) -> None:
@@ -167,7 +169,7 @@ def in_short(outcomes: list[Outcome]) -> str:
     for outcome in outcomes:
         if outcome.state == "failed":
             return f"{outcome.stage} failed"
-    wins = interval(metrics_of(last_round("evaluate")).get("win_rate", {}).get("judge"), percent=True)
+    wins = interval(_section(metrics_of(last_round("evaluate")), "win_rate").get("judge"), percent=True)
     evaluated = any(outcome.stage.partition("@")[0] == "evaluate" for outcome in outcomes)
     return f"win rate {wins}, {counts(outcomes)}" if wins and evaluated else counts(outcomes)
 
@@ -186,9 +188,8 @@ def metrics_of(stage: str) -> dict[str, Any]:
 def last_round(stage: str) -> str:
     """A stage's address in the last round of params.yaml: "evaluate@3"; itself where there are no rounds."""
     try:
-        rounds = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["rounds"]
-        return f"{stage}@{rounds['count']}"
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        return f"{stage}@{int(read_yaml(Path('params.yaml'))['rounds']['count'])}"
+    except (UserError, LookupError, TypeError, ValueError):
         return stage
 
 
@@ -201,6 +202,11 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = item
     return flat
+
+
+def _section(report: dict[str, Any], name: str) -> dict[str, Any]:
+    found = report.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _pair(value: Any, keys: tuple[str, str]) -> tuple[Any, Any]:
@@ -228,7 +234,7 @@ def _places(outcomes: list[Outcome], prefect: str) -> list[tuple[str, str]]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json_text.parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

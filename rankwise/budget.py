@@ -120,6 +120,8 @@ class Budget:
                 "SELECT sum(requests), sum(prompt), sum(completion), sum(charged) FROM spending WHERE " + only, (value,)
             ).fetchone()
         requests, prompt, completion, charged = (count or 0 for count in found)  # sums of no line are NULL
+        if not all(isinstance(count, int) and count >= 0 for count in (requests, prompt, completion, charged)):
+            raise self._damaged("its counts are none")
         money = (prompt * self._prices[0] + completion * self._prices[1]) / 1e6
         return Spending(requests=requests, prompt=prompt, completion=completion, charged=charged, money=money)
 
@@ -127,7 +129,10 @@ class Budget:
         """The model that first answered as this judge: this one, unless another one did before."""
         with self._transaction():
             self._db.execute("INSERT OR IGNORE INTO first_seen VALUES (?, ?)", (judge, model))
-            return self._db.execute("SELECT model FROM first_seen WHERE judge = ?", (judge,)).fetchone()[0]
+            found = self._db.execute("SELECT model FROM first_seen WHERE judge = ?", (judge,)).fetchone()
+            if found is None or not isinstance(found[0], str):
+                raise self._damaged(f"it does not keep who answered as {judge}")
+            return found[0]
 
     def has_seen(self, judge: str) -> bool:
         """Whether any model has answered as this judge."""
@@ -151,10 +156,13 @@ class Budget:
         try:
             yield
         except sqlite3.DatabaseError as error:
-            raise UserError(
-                f"{self._path}: not usable as an account of tokens ({error}); if the disk is full, make room and run "
-                "again; if the file is damaged, move it away and lower the budget by what was spent"
-            ) from error
+            raise self._damaged(error) from error
+
+    def _damaged(self, why: object) -> UserError:
+        return UserError(
+            f"{self._path}: not usable as an account of tokens ({why}); if the disk is full, make room and run again; "
+            "if the file is damaged, move it away and lower the budget by what was spent"
+        )
 
 
 def prices(prefix: str, environment: Mapping[str, str]) -> tuple[float, float]:

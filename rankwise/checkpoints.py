@@ -20,13 +20,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
+from rankwise import json_text
 from rankwise.runtime import remote_code_allowed
-from rankwise.types import UserError
+from rankwise.types import Missing, UserError
 
 # The library's bar for loading a handful of tensors says nothing that a log needs.
 transformers_logging.disable_progress_bar()
@@ -35,7 +37,7 @@ transformers_logging.disable_progress_bar()
 # bf16: autocast, the usual choice on a GPU.
 Precision = Literal["fp32", "medium", "bf16"]
 
-_DTYPES = {  # as a safetensors header names what weights and optimizers are made of
+DTYPES = {  # as a safetensors header names what weights and optimizers are made of
     **{torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
     **{torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"},
 }
@@ -61,10 +63,14 @@ def numerics(precision: Precision, where: torch.device) -> Iterator[None]:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder or hub id; raises UserError where there is none or it has no EOS."""
+    """A tokenizer from a folder (a Path), or a folder or hub id (text); raises UserError where there is none or it has
+    no EOS."""
+    _check_there(folder)
+    # Of a damaged file the library and its parts in Rust raise nearly anything, some of it only when it is used.
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code_allowed())
-    except (OSError, ValueError) as error:
+        tokenizer.decode(tokenizer("A text, 1\n")["input_ids"])
+    except Exception as error:
         raise UserError(
             f"{folder}: no usable tokenizer ({_first_line(error)}); a tokenizer.json is expected"
         ) from error
@@ -98,7 +104,7 @@ def new_reward_model(folder: str | Path, tokenizer: PreTrainedTokenizerBase, *, 
     """A causal LM's body with a fresh scalar head, which starts at zero so that every answer starts equal."""
     torch.manual_seed(seed)
     with _quiet():  # the library reports at length that the new head is new
-        model = _load(AutoModelForSequenceClassification, folder, num_labels=1)
+        model = _load(AutoModelForSequenceClassification, folder, new_head=True, num_labels=1)
     nn.init.zeros_(model.score.weight)
     model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return model
@@ -147,7 +153,7 @@ def save_state(
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     with _told(path), open(path, "wb") as file:
@@ -164,9 +170,12 @@ def load_state(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """What save_state wrote, each tensor read when it is asked for; raises UserError on a damaged file."""
     try:
         saved = _Saved(path)
-        return saved, json.loads(saved.metadata.get("notes", "{}"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        notes = json_text.parse(saved.metadata.get("notes", "{}"))
+    except (SafetensorError, OSError, json_text.NotJson) as error:
         raise UserError(f"{path}: not a readable checkpoint ({error}); delete it and run again") from error
+    if not isinstance(notes, dict):
+        raise UserError(f"{path}: not a readable checkpoint (its notes are no object); delete it and run again")
+    return saved, notes
 
 
 class _Saved(Mapping[str, Tensor]):
@@ -206,24 +215,58 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
 
 
-def _load(auto: type, folder: str | Path, **overrides: Any) -> PreTrainedModel:
+def _load(auto: type, folder: str | Path, *, new_head: bool = False, **overrides: Any) -> PreTrainedModel:
+    _check_there(folder)
+    # Of a damaged config or file of weights the library raises nearly anything.
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code_allowed(), **overrides)
-        model = auto.from_pretrained(
+        _check_depth(Path(folder), config)
+        model, found = auto.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=remote_code_allowed(),
+            output_loading_info=True,
         )
-    # transformers reports weights of another shape than the config's by a bare RuntimeError.
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         raise UserError(
             f"{folder}: not a usable model ({_first_line(error)}); "
             "a Hugging Face folder or hub id with config.json and *.safetensors is expected "
             "(weights in .bin files are pickles and are refused: convert them to safetensors)"
         ) from error
+    # The library would begin with random numbers in their place.
+    if missing := sorted(name for name in found["missing_keys"] if not (new_head and name.startswith("score."))):
+        raise UserError(
+            f"{folder}: its files lack {len(missing)} of the model's weights: {', '.join(missing[:5])}; "
+            "take a whole copy, or the config.json that belongs to these weights"
+        )
     return without_dropout(model)
+
+
+def _check_there(folder: str | Path) -> None:
+    # Or the library would look for it on the hub, and say that it has no network. Text may name a model there.
+    if isinstance(folder, Path) and not folder.is_dir():
+        raise Missing(folder, "model folder")
+
+
+def _check_depth(folder: Path, config: PretrainedConfig) -> None:
+    """Raise UserError where config.json asks for more layers than there are tensors: to build them could take hours."""
+    files = sorted(folder.glob("*.safetensors"))
+    layers = getattr(config, "num_hidden_layers", None)
+    if not files or not isinstance(layers, int):
+        return
+    tensors = 0
+    for file in files:
+        with safe_open(file, framework="pt") as held:
+            tensors += len(held.keys())
+    if layers > tensors:
+        raise UserError(
+            f"{folder}: config.json says {layers} layers, and the weights are {tensors} tensors; they do not belong "
+            "together: take both from one copy"
+        )
 
 
 def _zero_dropouts(holder: object) -> None:

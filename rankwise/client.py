@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import random
-import re
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from rankwise.json_text import whole_characters
 from rankwise.types import Unavailable, UserError
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -35,7 +35,6 @@ SERVER_IS_GONE = 20  # things given up in a row, at least, before the rest is no
 TURNED_AWAY = (500, 503, 529)  # the server's own trouble; a gateway's (502, 504) may hide an answer that was computed
 SHORTEST_KEY = 8  # characters; a shorter one is no secret, and may be a part of any word or number
 LARGEST_NUMBER = 1_000_000  # that the environment may give: eleven days, or more requests than any server takes
-_HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,18 +405,13 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
         with contextlib.suppress(ValueError, KeyError):
             seconds = float(headers[name]) / unit
             return seconds if 0 < seconds < math.inf else None
-    with contextlib.suppress(ValueError, TypeError, KeyError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
         return max(0.0, email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
     return None
 
 
 async def _next(stream: AsyncGenerator[T], end: Any) -> Any:
     return await anext(stream, end)
-
-
-def whole_characters(text: str) -> str:
-    """A text with U+FFFD for each half of a surrogate pair: JSON can write one alone, and UTF-8 cannot."""
-    return _HALVES.sub("\ufffd", text)
 
 
 def _named(error: Any) -> dict[str, str]:

@@ -155,11 +155,18 @@ class Renderer:
                 "or import the data as plain text"
             )
         chat = [{"role": message.role, "content": message.content} for message in messages]
-        if any(self._special.search(message.content) for message in messages):
-            return self._template_of_data(chat, add_generation_prompt=add_generation_prompt)
-        rendered = self.tokenizer.apply_chat_template(
-            chat, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
-        )
+        try:
+            if any(self._special.search(message.content) for message in messages):
+                return self._template_of_data(chat, add_generation_prompt=add_generation_prompt)
+            rendered = self.tokenizer.apply_chat_template(
+                chat, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+            )
+        except Exception as error:  # a template is a program of the model's, and many refuse some order of roles
+            raise UserError(
+                f"tokenizer {self.tokenizer.name_or_path!r}: its chat template does not take turns of "
+                f"{[message.role for message in messages]}, the first {messages[0].content[:40]!r} "
+                f"({type(error).__name__}: {str(error)[:200]}); change the template (chat_template.jinja) or these rows"
+            ) from error
         return list(rendered["input_ids"])
 
     def _template_of_data(self, chat: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:

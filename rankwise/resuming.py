@@ -22,11 +22,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from rankwise.checkpoints import load_state, save_state
+from rankwise.checkpoints import DTYPES, load_state, save_state
 from rankwise.parallel import Processes, plain, receive
 from rankwise.rendering import TokenRow
 from rankwise.types import UserError
 
+# What notes hold, beside what the identity names.
+NOTES = {"identity": dict, "step": int, "epochs_told": int, "counters": dict, "points": list}
+COUNTERS = ("tokens", "seen", "seconds")
 FROZEN_SAMPLE = 64  # about how many numbers of each frozen tensor tell it from another model's
 
 
@@ -101,8 +104,10 @@ def load(
     if here.first and path.exists():
         try:
             saved, notes = load_state(path)
+            _check_notes(path, notes)
             with safe_open(path, framework="pt") as file:  # shapes without the numbers
-                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                shapes = {name: [one.get_dtype(), *one.get_shape()] for name, one in slices.items()}
             header = {"notes": notes, "shapes": shapes}
         except UserError as error:
             header = {"error": str(error)}
@@ -111,7 +116,7 @@ def load(
         return None
     if "error" in header:
         raise UserError(header["error"])
-    if other := differences(header["notes"].get("identity", {}), identity):
+    if other := differences(header["notes"]["identity"], identity):
         raise UserError(
             f"{path}: the checkpoint is of another {'; of another '.join(other)}. Give back what it was made with to "
             "continue it, or delete the file to begin anew"
@@ -124,7 +129,8 @@ def load(
             p.copy_(receive(saved.get(f"weight/{name}"), p, here))
         prefix = f"optimizer/{name}/"
         for key in (key for key in header["shapes"] if key.startswith(prefix)):
-            like = p.detach() if header["shapes"][key] else torch.zeros((), device=p.device if beside else "cpu")
+            one = len(header["shapes"][key]) == 1  # its type, and no sizes
+            like = torch.zeros((), device=p.device if beside else "cpu") if one else p.detach()
             optimizer.state[p][key.removeprefix(prefix)] = receive(saved.get(key), like, here)
     return header["notes"]
 
@@ -168,12 +174,32 @@ class DeferredSignals:
         self.arrived = number
 
 
-def _check_shapes(path: Path, shapes: Mapping[str, list[int]], parameters: Mapping[str, nn.Parameter]) -> None:
-    theirs = {name.removeprefix("weight/"): shape for name, shape in shapes.items() if name.startswith("weight/")}
-    mine = {name: list(p.shape) for name, p in parameters.items()}
-    for name in {**mine, **theirs}:
-        if theirs.get(name) != mine.get(name):
+def _check_notes(path: Path, notes: Mapping[str, Any]) -> None:
+    """Raise UserError where notes are not those that training keeps."""
+    wrong = [name for name, kind in NOTES.items() if type(notes.get(name)) is not kind]
+    counters = notes.get("counters")
+    if not wrong and not all(type(value) in (int, float) and name in COUNTERS for name, value in counters.items()):
+        wrong.append("counters")
+    if not wrong and not all(isinstance(value, str) for value in notes["identity"].values()):
+        wrong.append("identity")
+    if wrong:
+        raise UserError(
+            f"{path}: not a checkpoint of training (in its notes, {' and '.join(wrong)} are missing or no such thing); "
+            "delete it and run again"
+        )
+
+
+def _check_shapes(path: Path, shapes: Mapping[str, list], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise UserError where the tensors are not those of these parameters and of their optimizer."""
+    here = {name: [DTYPES[p.dtype], *p.shape] for name, p in parameters.items()}
+    mine = {f"weight/{name}": shape for name, shape in here.items()}
+    for name, shape in here.items():
+        prefix = f"optimizer/{name}/"
+        if any(key.startswith(prefix) for key in shapes):  # a parameter that had no gradient so far has none
+            mine |= {f"{prefix}step": ["F32"], f"{prefix}exp_avg": shape, f"{prefix}exp_avg_sq": shape}
+    for name in {**mine, **shapes}:
+        if shapes.get(name) != mine.get(name):
             raise UserError(
-                f"{path}: the checkpoint is of another model ({name} differs: {theirs.get(name, 'absent')} there, "
-                f"{mine.get(name, 'absent')} here); delete it to begin anew"
+                f"{path}: the checkpoint is of another model ({name.removeprefix('weight/')} differs: "
+                f"{shapes.get(name, 'absent')} there, {mine.get(name, 'absent')} here); delete it to begin anew"
             )

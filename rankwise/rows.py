@@ -10,14 +10,17 @@ import glob
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rankwise.types import Answer, Message, Row, UserError
+from rankwise import json_text
+from rankwise.types import Answer, Message, Missing, Row, UserError
 
 _ANSWER = pa.struct(
     [
@@ -41,6 +44,15 @@ SCHEMA = pa.schema(
         ("meta", pa.string()),  # a JSON object
     ]
 )
+_MAY_BE_NULL = {
+    "meta",
+    *(f"answers[].{name}" for name in ("rank", "strength", "strength_se", "token_ids", "finish_reason", "seed")),
+    *("answers[].logps", "answers[].engine"),
+}
+REBUILD = "rebuild the table with the stage that makes it"
+# A file of a few hundred bytes can claim any number of rows of one value, and reading would take as long.
+MOST_ROWS_A_BYTE = 64
+MANY_ROWS = 2**24
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> int:
@@ -65,14 +77,23 @@ def read_rows(path: Path) -> list[Row]:
     table = read_table(path)
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if not missing:
-        held = {part.name for part in table.schema.field("answers").type.value_type}
+        kind = table.schema.field("answers").type
+        parts = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else None
+        held = {part.name for part in parts} if parts is not None and pa.types.is_struct(parts) else set()
         missing = [f"answers.{part.name}" for part in _ANSWER if part.name not in held]
     if missing:
         raise UserError(
             f"{path}: columns {missing} are missing (found {table.column_names}); "
             "this is not a table of rows: rebuild it with the stage that makes it"
         )
-    return [_row(record) for record in table.to_pylist()]
+    table = conform(path, table, SCHEMA, may_be_null=_MAY_BE_NULL)
+    rows = [_row(path, number, record) for number, record in enumerate(table.to_pylist(), 1)]
+    seen = set()
+    for row in rows:
+        if row.id in seen:
+            raise UserError(f"{path}: id {row.id!r} occurs twice; ids must be unique within a table: {REBUILD}")
+        seen.add(row.id)
+    return rows
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -83,11 +104,84 @@ def write_table(path: Path, table: pa.Table) -> None:
 def read_table(path: Path) -> pa.Table:
     """Read any Parquet table; raises UserError where it is missing or broken."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such table; run the stage that makes it first (dvc repro shows which)")
+        raise Missing(path, "table")
     try:
-        return pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        with pq.ParquetFile(path) as file:
+            _check_claims(path, file)
+            return file.read()
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({error}); rebuild it") from error
+
+
+def stream_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of any Parquet file, a batch of them in memory at a time; raises UserError where it is broken."""
+    try:
+        with pq.ParquetFile(path) as file:
+            _check_claims(path, file)
+            for batch in file.iter_batches(1024):
+                yield from records_of(batch)
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable Parquet file ({error}); fetch or write it again") from None
+
+
+def records_of(table: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
+    """Records as plain values; raises ValueError on a value that has none, such as a date in the year 60000."""
+    try:
+        return table.to_pylist()
+    except (ValueError, OverflowError, LookupError):
+        for name, column in zip(table.schema.names, table.columns):
+            try:
+                column.to_pylist()
+            except (ValueError, OverflowError, LookupError) as error:
+                raise ValueError(f"column {name!r}, {column.type}: a value that is none: {error}") from None
+        raise
+
+
+def conform(path: Path, table: pa.Table, schema: pa.Schema, *, may_be_null: Collection[str]) -> pa.Table:
+    """The columns of a schema in its types.
+
+    Args:
+        may_be_null: names such as "meta" and "answers[].rank"; nothing else lacks a value.
+
+    Raises UserError where a column holds another type, or nothing in a place that wants a value.
+    """
+    columns = []
+    for field in schema:
+        column = table.column(field.name)
+        try:
+            columns.append(column.cast(field.type))
+        except (pa.ArrowException, ValueError) as error:
+            raise UserError(f"{path}: column {field.name!r} is {column.type} ({error}): {REBUILD}") from None
+    table = pa.table(columns, schema=schema)
+    for name in schema.names:
+        if hole := next(_holes(name, table.column(name), may_be_null), None):
+            raise UserError(f"{path}: {hole} lacks a value that every row has: {REBUILD}")
+    return table
+
+
+def _holes(name: str, values: pa.ChunkedArray, allowed: Collection[str]) -> Iterator[str]:
+    if values.null_count and name not in allowed:
+        yield name
+    if pa.types.is_list(values.type):
+        yield from _holes(f"{name}[]", pc.list_flatten(values), allowed)
+    elif pa.types.is_struct(values.type):
+        for field in values.type:
+            yield from _holes(f"{name}.{field.name}", pc.struct_field(values, field.name), allowed)
+
+
+def _check_claims(path: Path, file: pq.ParquetFile) -> None:
+    """Raise UserError for what a file says of itself and no table of records is."""
+    names = file.schema_arrow.names
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path}: two columns are called {twice!r}, and a record could keep one of them; rename one")
+    rows, size = file.metadata.num_rows, os.stat(path).st_size
+    if rows > max(MANY_ROWS, MOST_ROWS_A_BYTE * size):
+        raise UserError(f"{path}: claims {rows:,} rows in {size:,} bytes; no readable Parquet file: write it again")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -119,13 +213,23 @@ def _clear_leftovers(path: Path) -> None:
                 left.unlink(missing_ok=True)
 
 
-def _row(record: dict) -> Row:
+def _row(path: Path, number: int, record: dict) -> Row:
     return Row(
         id=record["id"],
         prompt=tuple(Message(**message) for message in record["prompt"]),
         answers=tuple(_answer(answer) for answer in record["answers"]),
-        meta=json.loads(record["meta"] or "{}"),
+        meta=_meta(path, number, record["meta"] or "{}"),
     )
+
+
+def _meta(path: Path, number: int, text: str) -> dict[str, Any]:
+    try:
+        meta = json_text.parse(text)
+    except json_text.NotJson as error:
+        raise UserError(f"{path} row {number}: meta is no JSON ({error}): {REBUILD}") from None
+    if not isinstance(meta, dict):
+        raise UserError(f"{path} row {number}: meta is {text[:60]!r}, no JSON object: {REBUILD}")
+    return meta
 
 
 def _answer(record: dict) -> Answer:

@@ -72,6 +72,8 @@ class Rubric:
             ) from None
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: no UTF-8 text ({error}); save it as UTF-8") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); name a file") from None
         self.text = _COMMENT.sub("", text).strip()
         if not self.text:
             raise UserError(f"{path}: says nothing; write down what makes an answer better, as in recipes/rubrics")

@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rankwise.client import Malformed, whole_characters
+from rankwise.client import Malformed
+from rankwise.json_text import whole_characters
 from rankwise.rubrics import Rubric
 from rankwise.verdicts import Question, said_of
 
@@ -47,7 +48,8 @@ def read_json(question: Question, choice: Mapping[str, Any]) -> tuple[dict[str, 
     text, refusal = message.get("content"), message.get("refusal")
     if not isinstance(text, str) or ended not in ("stop", None):
         why = {"length": "the reply was cut at max_reply_tokens", "content_filter": "the server's filter took it back"}
-        reason = f"the judge will not say: {refusal}" if refusal else why.get(ended, f"it ended with {ended!r}")
+        known = why.get(ended) if isinstance(ended, str) else None
+        reason = f"the judge will not say: {refusal}" if refusal else known or f"it ended with {str(ended)[:100]!r}"
         return {"values": None, "said": "", "reason": reason}, text if isinstance(text, str) else ""
     read = Rubric.read(question, text)
     return {**read, "reason": whole_characters(read["reason"])}, text
@@ -98,7 +100,8 @@ def _listed(choice: Mapping[str, Any]) -> list[tuple[str, float]]:
     top = (
         content[0].get("top_logprobs") if isinstance(content, list) and content and isinstance(content[0], dict) else []
     )
-    pairs = [(one.get("token"), one.get("logprob")) for one in top or [] if isinstance(one, dict)]
+    top = top if isinstance(top, list) else []
+    pairs = [(one.get("token"), one.get("logprob")) for one in top if isinstance(one, dict)]
     # What the server does not know it may tell as −inf, or as OpenAI does as −9999.
     return [(t, float(p)) for t, p in pairs if isinstance(t, str) and type(p) in (int, float) and -1000 < p <= 1e-3]
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rankwise import json_text
 from rankwise.types import UserError
 
 BUSY_TIMEOUT_S = 60
@@ -49,7 +50,7 @@ class Store:
 
     def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
         """The values of those keys that are there."""
-        return {key: json.loads(value) for key, value in self._select("key, value", keys)}
+        return {key: self._value(key, text) for key, text in self._select("key, value", keys)}
 
     def held(self, keys: Iterable[str]) -> set[str]:
         """Those keys that are there."""
@@ -63,11 +64,20 @@ class Store:
                 [(key, json.dumps(value, ensure_ascii=False)) for key, value in rows.items()],
             )
 
+    def _value(self, key: str, text: Any) -> Any:
+        try:
+            return json_text.parse(text)
+        except (json_text.NotJson, TypeError) as error:
+            raise UserError(
+                f"{self.path}: row {key!r} is damaged ({error}); move the file away: its rows will be computed again"
+            ) from None
+
     def _select(self, columns: str, keys: Iterable[str]) -> Iterator[tuple]:
         for part in _parts(list(keys), LOOKUP):
             marks = ",".join("?" * len(part))
             with self._told():
-                yield from self._db.execute(f"SELECT {columns} FROM rows WHERE key IN ({marks})", part)
+                found = self._db.execute(f"SELECT {columns} FROM rows WHERE key IN ({marks})", part).fetchall()
+            yield from found
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

@@ -18,18 +18,17 @@ matched to the character; a prompt of turns and the list of answers are written 
 from __future__ import annotations
 
 import csv
-import gzip
+import io
 import itertools
-import json
 import math
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rankwise import json_text, text_files
 from rankwise.fingerprint import digest
-from rankwise.rows import read_table
+from rankwise.rows import stream_records
 from rankwise.types import Message, UserError, show_prompt
 from rankwise.verdicts import Question, texts_digest
 
@@ -77,8 +76,13 @@ def names_of(question: Question, answers: Sequence[str]) -> list[str]:
 
 def read_line(place: str, record: Mapping[str, Any]) -> Line | None:
     """A record as a line; None where nobody has answered it. ValueError says what is wrong with it."""
+    for name, value in record.items():
+        if isinstance(value, str) and value != json_text.whole_characters(value):
+            raise ValueError(f"column {name}: half a character (a lone surrogate, \\ud800 to \\udfff); mend the text")
     vote = _vote(place, record)
     if _given(record, "answers"):
+        if vote.said or vote.value is not None:
+            raise ValueError("both answers with ranks and a verdict on two; give one of them")
         return Line(name=_about(record, ()), vote=vote, ranks=_ranks(record["answers"]))
     if not vote.said and vote.value is None:
         return None
@@ -93,7 +97,7 @@ def annotator_of(record: Mapping[str, Any]) -> str:
 def _vote(place: str, record: Mapping[str, Any]) -> Vote:
     order = str(record.get("order") or "shown").strip().lower()
     if order not in ("shown", "none"):
-        raise ValueError(f"order is {record['order']!r}; shown or none was expected")
+        raise ValueError(f"order is {order[:60]!r}; shown or none was expected")
     return Vote(
         place=place,
         annotator=annotator_of(record),
@@ -112,7 +116,7 @@ def _verdict(record: Mapping[str, Any]) -> str:
         raise ValueError("both a verdict and a value; give one of them")
     found = {said.lower(): said for said in SWAPPED}.get(str(given).strip().lower())
     if found is None:
-        raise ValueError(f"verdict is {given!r}; A, B or tie was expected")
+        raise ValueError(f"verdict is {str(given)[:60]!r}; A, B or tie was expected")
     return found
 
 
@@ -120,11 +124,11 @@ def _value(record: Mapping[str, Any]) -> float | None:
     if not _given(record, "value"):
         return None
     try:
-        value = float(record["value"])
-    except (TypeError, ValueError):
+        value = math.nan if isinstance(record["value"], bool) else float(record["value"])
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"value is {record['value']!r}; log-odds in nats, a finite number, were expected")
+        raise ValueError(f"value is {str(record['value'])[:60]!r}; log-odds in nats, a finite number, were expected")
     return value
 
 
@@ -134,7 +138,7 @@ def _pair(record: Mapping[str, Any]) -> str:
     texts = [record.get(name) for name in ("first", "second")]
     if not all(isinstance(text, str) for text in texts):
         missing = [name for name, text in zip(("first", "second"), texts) if not isinstance(text, str)]
-        raise ValueError(f"column {' and '.join(missing)}: an answer's text was expected (found {', '.join(record)})")
+        raise ValueError(f"column {' and '.join(missing)}: an answer's text was expected (found {_names(record)})")
     return _about(record, texts)
 
 
@@ -153,29 +157,33 @@ def _about(record: Mapping[str, Any], answers: Sequence[str]) -> str:
         except (TypeError, KeyError):
             found = str(prompt)[:60]
             raise ValueError(f"prompt is {found!r}; text or a list of {{role, content}} was expected") from None
-    raise ValueError(f"neither prompt nor row_id nor pair is given (found {', '.join(record)})")
+    raise ValueError(f"neither prompt nor row_id nor pair is given (found {_names(record)})")
 
 
 def _turns_or_text(text: str) -> Any:
     try:
-        turns = json.loads(text)
-    except json.JSONDecodeError:
+        turns = json_text.parse(text)
+    except json_text.NotJson:
         return text
     return turns if all(isinstance(turn, dict) and {*turn} == {"role", "content"} for turn in turns) else text
 
 
 def _ranks(answers: Any) -> dict[str, int]:
     if isinstance(answers, str):
-        answers = json.loads(answers)  # its error is a ValueError
+        answers = json_text.parse(answers)  # its error is a ValueError
     try:
         ranks = [(answer["text"], answer["rank"]) for answer in answers]
     except (TypeError, KeyError):
         raise ValueError(f"answers is {str(answers)[:60]!r}; a list of {{text, rank}} was expected") from None
-    if not all(isinstance(text, str) and isinstance(rank, int) for text, rank in ranks) or len(ranks) < 2:
+    if not all(isinstance(text, str) and type(rank) is int for text, rank in ranks) or len(ranks) < 2:
         raise ValueError("answers: at least two were expected, each with a text and a whole number as its rank")
     if len(found := dict(ranks)) < len(ranks) and any(found[text] != rank for text, rank in ranks):
         raise ValueError("answers: one text has two ranks")
     return found
+
+
+def _names(record: Mapping[str, Any]) -> str:
+    return ", ".join(name[:60] for name in [*record][:20])
 
 
 def _given(record: Mapping[str, Any], name: str) -> bool:
@@ -192,7 +200,7 @@ def records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise UserError(f"{path}: no such file; name the file with the stored verdicts (verdicts, below data/source)")
     name = path.name.removesuffix(".gz")
     if name.endswith(".parquet"):
-        return ((f"row {n}", record) for n, record in enumerate(read_table(path).to_pylist(), 1))
+        return ((f"row {n}", record) for n, record in enumerate(stream_records(path), 1))
     if name.endswith(".jsonl"):
         return _objects(path)
     if name.endswith(".csv"):
@@ -202,14 +210,11 @@ def records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        # newline="": line ends inside a quoted field belong to the answer.
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as handle:
-            yield from handle
+        with text_files.opened(path) as file:
+            # newline="": line ends inside a quoted field belong to the answer.
+            yield from text_files.lines(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: no UTF-8 text ({error}); save it as UTF-8 (spreadsheets: CSV UTF-8)") from None
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
 
 
 def _objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -217,11 +222,9 @@ def _objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number}: not JSON: {error.msg} at column {error.colno}") from None
-        except RecursionError:
-            raise UserError(f"{path}: line {number}: nested too deep; an object was expected") from None
+            record = json_text.parse(line)
+        except json_text.NotJson as error:
+            raise UserError(f"{path}: line {number}: not JSON: {error}") from None
         if not isinstance(record, dict):
             raise UserError(f"{path}: line {number}: an object with named columns was expected")
         yield f"line {number}", record
@@ -234,6 +237,9 @@ def _fields(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     # Spreadsheets of much of Europe write semicolons.
     table = csv.DictReader(itertools.chain([header], lines), delimiter=max(",;\t", key=header.count), strict=True)
     try:
+        names = table.fieldnames or ()
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{path}: line 1: two columns are called {twice[0][:60]!r}; rename one of them")
         for record in table:
             if None in record or None in record.values():
                 raise UserError(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # What steers a terminal, or turns the direction of what follows, instead of being shown: all but tab and line end.
@@ -30,6 +31,14 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return printable(super().__str__())
+
+
+class Missing(UserError):
+    """A file or folder that a stage makes is not there; commands add which stage that is, where they know."""
+
+    def __init__(self, path: Path, what: str):
+        super().__init__(f"{path}: no such {what}; run the stage that makes it first")
+        self.path = path
 
 
 class Unavailable(UserError):

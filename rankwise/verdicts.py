@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from rankwise.fingerprint import digest
-from rankwise.rows import read_table, write_table
+from rankwise.rows import REBUILD, conform, read_table, write_table
 from rankwise.types import Message, Row, UserError
 
 LOG3 = math.log(3)  # log-odds of one verdict without probabilities: Anscombe's empirical logit, log((1 + ½) / (0 + ½))
@@ -186,9 +186,14 @@ def read_verdicts(path: Path, rows: Mapping[str, Row] | None = None) -> dict[str
             "rebuild it with the stage verdicts"
         )
     found: dict[str, list[Verdict]] = {}
-    for record in table.select(SCHEMA.names).to_pylist():
+    for record in conform(path, table, SCHEMA, may_be_null={"values"}).to_pylist():
         values = None if record["values"] is None else tuple(record["values"])
         verdict = Verdict(**{**record, "shown": tuple(record["shown"]), "values": values})
+        if values is not None and not (len(values) == len(verdict.shown) and all(map(math.isfinite, values))):
+            raise UserError(
+                f"{path}: row {verdict.row_id!r}, a verdict of {verdict.judge}: {len(verdict.shown)} finite values "
+                f"were expected, found {[*values]}: {REBUILD}"
+            )
         if rows is not None and (why := _foreign(verdict, rows)):
             raise UserError(
                 f"{path}: row {verdict.row_id!r}, a verdict of {verdict.judge}: {why}; the tables do not belong "

@@ -8,15 +8,16 @@ metrics.json, and then stops the run where a finding exceeds its threshold (stop
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rankwise.json_text import as_written
 from rankwise.progress import Progress
 from rankwise.rows import read_rows, write_aside
-from rankwise.runtime import remote_code_allowed
 from rankwise.types import Row, UserError
 from tasks.findings import SHOWN, Finding, Limits, examine, shared_with_eval
 from tasks.params import param
@@ -101,14 +102,9 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
 
 def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder; raises UserError where there is none."""
-    from transformers import AutoTokenizer
+    from rankwise import checkpoints
 
-    if not base.is_dir():
-        raise UserError(f"{base}: no such folder; run the stage that makes it first (dvc repro shows which)")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=remote_code_allowed())
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{base}: no tokenizer can be loaded from it ({error}); save one there") from None
+    tokenizer = checkpoints.load_tokenizer(base)
     # Lengths are the doctor's own subject: the tokenizer need not warn of them.
     tokenizer.model_max_length = 10**30
     return tokenizer
@@ -116,7 +112,9 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
 
 def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase, base: Path) -> dict:
     config = read_json(base / "config.json")
-    config = {**config, **config.get("text_config", {})}
+    with as_written(base / "config.json", "take a whole copy of the model"):
+        config = {**config, **config.get("text_config", {})}
+        sizes = {name: operator.index(config.get(name) or 0) for name in ("vocab_size", *CONTEXT_NAMES)}
     return {
         "class": type(tokenizer).__name__,
         "bos": tokenizer.bos_token,
@@ -125,8 +123,8 @@ def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase, base: Path) -> dict:
         "pad_is_eos": tokenizer.pad_token_id == tokenizer.eos_token_id,
         "chat_template": tokenizer.chat_template is not None,
         "vocabulary": len(tokenizer),
-        "model_vocabulary": config.get("vocab_size", 0),
-        "context": next((config[name] for name in CONTEXT_NAMES if config.get(name)), 0),
+        "model_vocabulary": sizes["vocab_size"],
+        "context": next((sizes[name] for name in CONTEXT_NAMES if sizes[name]), 0),
     }
 
 

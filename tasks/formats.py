@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import csv
 import difflib
-import gzip
 import itertools
-import json
 import math
 import sys
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from rankwise import json_text, text_files
+from rankwise.rows import records_of, stream_records
 from rankwise.types import UserError
 
 HUB = "hub:"
+SPELT = 20  # names in a list of a message
 
 
 class BadRecord(ValueError):
@@ -60,16 +59,17 @@ def _ending(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str | BadRecord]]:
+    with text_files.opened(path) as handle:
+        for number, line in enumerate(text_files.lines(handle, path), 1):
+            yield number, _decoded(line, first=number == 1)
+
+
+def _decoded(line: bytes, *, first: bool) -> str | BadRecord:
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as handle:
-            for number, line in enumerate(handle, 1):
-                try:
-                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
-                    yield number, BadRecord(f"UTF-8 was expected, found {found}; save the file as UTF-8")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
+        return line.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
+        return BadRecord(f"UTF-8 was expected, found {found}; save the file as UTF-8")
 
 
 def _jsonl(path: Path) -> Iterator[Found]:
@@ -79,18 +79,24 @@ def _jsonl(path: Path) -> Iterator[Found]:
             yield place, line
         elif line.strip():
             try:
-                yield place, json.loads(line)
-            except json.JSONDecodeError as error:
-                why = f"found {show(line.strip())}: {error.msg} at column {error.colno}"
-                yield place, BadRecord(f"one JSON object was expected, {why}")
+                yield place, json_text.parse(line)
+            except json_text.NotJson as error:
+                yield place, BadRecord(f"one JSON object was expected, found {show(line.strip())}: {error}")
 
 
 def _json(path: Path) -> Iterator[Found]:
-    text = "".join(_whole_lines(path))
+    with text_files.opened(path) as handle:
+        data = handle.read()  # a list is often one line, however many records it holds
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        bad = _decoded(data.split(b"\n", number)[number - 1], first=number == 1)
+        raise UserError(f"{path}:{number}: {bad}") from None
+    try:
+        value = json_text.parse(text)
+    except json_text.NotJson as error:
+        raise UserError(f"{path}:{error.line}: not JSON: {error}") from None
     if not isinstance(value, list):
         raise UserError(
             f"{path}: a JSON list of objects was expected, found {show(value)}; one object a line is .jsonl"
@@ -102,12 +108,16 @@ def _csv(path: Path) -> Iterator[Found]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     table = csv.DictReader(_whole_lines(path), strict=True)
     try:
+        _refuse_repeats(table.fieldnames or (), f"{path}:1")
         for record in table:
             place = f"{path}:{table.line_num}"
             if None in record or None in record.values():
                 yield place, BadRecord(f"{len(table.fieldnames)} fields were expected, as in line 1; check the quotes")
             else:
-                yield place, {name: _unpacked(value) for name, value in record.items()}
+                try:
+                    yield place, {name: _unpacked(value) for name, value in record.items()}
+                except BadRecord as bad:
+                    yield place, bad
     except csv.Error as error:
         raise UserError(f"{path}:{table.line_num}: not CSV: {error}; check the quotes") from None
 
@@ -116,10 +126,19 @@ def _unpacked(value: str) -> Any:
     # CSV has no lists: message lists and answers are written as JSON inside a field.
     if value.startswith(("[{", '{"')):
         try:
-            return json.loads(value)
-        except json.JSONDecodeError:
+            return json_text.parse(value)
+        except json_text.NotJson:
             return value
     return value
+
+
+def _refuse_repeats(names: Iterable[str], place: str) -> None:
+    """Of two columns with one name a record would keep the last."""
+    seen = set()
+    for name in names:
+        if name in seen:
+            raise UserError(f"{place}: two columns are called {show(name)}; rename one of them")
+        seen.add(name)
 
 
 def _whole_lines(path: Path) -> Iterator[str]:
@@ -130,13 +149,7 @@ def _whole_lines(path: Path) -> Iterator[str]:
 
 
 def _parquet(path: Path) -> Iterator[Found]:
-    try:
-        batches = pq.ParquetFile(path).iter_batches(1024)
-        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        for number, record in enumerate(rows, 1):
-            yield f"{path} row {number}", record
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({error}); fetch or write it again") from None
+    return _numbered(str(path), stream_records(path))
 
 
 _READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
@@ -145,24 +158,50 @@ _READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet
 def _folder(path: Path, split: str) -> Iterator[Found]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved(path, split)
-    parts = sorted(p for p in path.iterdir() if Path(p.name.removesuffix(".gz")).suffix in _READERS)
+    endings = ((p, Path(p.name.removesuffix(".gz")).suffix) for p in path.iterdir() if not p.is_dir())
+    parts = sorted(p for p, ending in endings if ending in _READERS)
     if not parts:
         raise UserError(f"{path}: a folder without data: neither {spell(_READERS)} files nor one saved by datasets")
     return itertools.chain.from_iterable(_READERS[_ending(part)](part) for part in parts)
 
 
 def _saved(path: Path, split: str) -> Iterator[Found]:
-    from datasets import DatasetDict, load_from_disk  # heavy, and only this format needs it
+    # Not through the package itself: it maps files into memory, and a damaged one then ends the process.
+    again = "save it again with `datasets`"
+    where = path
+    if (path / "dataset_dict.json").is_file():
+        listed = json_text.read(path / "dataset_dict.json", again)
+        splits = listed.get("splits") if isinstance(listed, dict) else None
+        if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
+            raise UserError(f"{path / 'dataset_dict.json'}: a list of splits was expected; {again}")
+        if split not in splits:
+            raise UserError(f"{path}: no split {split!r}{near(split, splits)}; found {spell(splits)}")
+        where = path / split
+    state = json_text.read(where / "state.json", again)
+    files = state.get("_data_files") if isinstance(state, dict) else None
+    names = [one.get("filename") if isinstance(one, dict) else None for one in files] if isinstance(files, list) else []
+    if not names or not all(map(_is_plain, names)):
+        raise UserError(f"{where / 'state.json'}: a list of data files was expected; {again}")
+    if state.get("_indices_files") or state.get("_indices_data_files"):
+        raise UserError(f"{where}: saved with a table of indices, as old releases of `datasets` do; {again}")
+    records = itertools.chain.from_iterable(_arrow(where / name, again) for name in names)
+    return _numbered(str(path), records)
 
+
+def _is_plain(name: Any) -> bool:
+    """Whether it is the name of a file, and no way out of the folder."""
+    return isinstance(name, str) and Path(name).name == name
+
+
+def _arrow(path: Path, mend: str) -> Iterator[dict]:
+    """The records of a stream of Arrow batches, each checked before it is looked into."""
     try:
-        data = load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise UserError(f"{path}: not a readable datasets folder ({error}); save it again") from None
-    if isinstance(data, DatasetDict):
-        if split not in data:
-            raise UserError(f"{path}: no split {split!r}{near(split, data)}; found {spell(data)}")
-        data = data[split]
-    return _numbered(str(path), data)
+        with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
+            for batch in stream:
+                batch.validate(full=True)
+                yield from records_of(batch)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable Arrow file ({error}); {mend}") from None
 
 
 def _hub(name: str, split: str, subset: str) -> Iterator[Found]:
@@ -187,13 +226,16 @@ def _numbered(name: str, data: Iterable[dict]) -> Iterator[Found]:
 
 
 def spell(names: Iterable[str]) -> str:
-    """Names as a message lists them."""
-    return ", ".join(map(str, names))
+    """Names as a message lists them: the first twenty, each cut short."""
+    cut = [f"{str(name)[:60]}{'…' if len(str(name)) > 60 else ''}" for name in names]
+    rest = f" and {len(cut) - SPELT} more" if len(cut) > SPELT else ""
+    return json_text.whole_characters(", ".join(cut[:SPELT]) + rest)
 
 
 def near(name: str, known: Iterable[str]) -> str:
     """ "; did you mean …?" where a known name is close, else nothing."""
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    short = [one for one in map(str, known) if len(one) < 100]
+    close = difflib.get_close_matches(str(name)[:100], short, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rankwise.evaluation import Estimate, over_seeds
+from rankwise.json_text import as_written
 from rankwise.rows import write_aside
 from rankwise.types import UserError
 from tasks.params import param, read_yaml
@@ -123,7 +124,8 @@ def settings(sweep: Mapping[str, Any], evaluations: Path) -> tuple[list[Setting]
             groups[point["method"], point["value"], point["temperature"]].append(read_json(metrics))
         else:
             missing.append(key)
-    return [_setting(*group, reports) for group, reports in groups.items()], missing
+    with as_written(evaluations, "evaluate the points again: python -m flows.frontier"):
+        return [_setting(*group, reports) for group, reports in groups.items()], missing
 
 
 def _setting(method: str, value: float | None, temperature: float, reports: Sequence[dict[str, Any]]) -> Setting:

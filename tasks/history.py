@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks.stage import read_json
+from rankwise.json_text import as_written
+from tasks.stage import REBUILD, read_json
 
 EVEN = {"mean": 0.5, "low": 0.5, "high": 0.5}  # a model against itself
 NONE = {"mean": 0.0, "low": 0.0, "high": 0.0}
@@ -18,7 +19,8 @@ NONE = {"mean": 0.0, "low": 0.0, "high": 0.0}
 def rounds_so_far(metrics: dict[str, Any], round_: int, earlier: Path) -> dict[str, dict[str, Any]]:
     """Numbers by round, {"0": …, "1": …}, the last one from metrics, the others from the report of the round before."""
     before = read_json(earlier)
-    known = before.get("rounds") or {"0": _of_the_reference(before), "1": _of(before)}
+    with as_written(earlier, REBUILD):
+        known = dict(before.get("rounds") or {"0": _of_the_reference(before), "1": _of(before)})
     return {**known, str(round_): _of(metrics)}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rankwise import json_text
 from rankwise.types import UserError
 from tasks.params import below, build, param
 from tasks.tracking import home
@@ -129,7 +129,8 @@ def common_family(params: JudgeParams, name: str, *, source: Path, generator: Pa
 
 def _model_type(folder: Path) -> str:
     config = folder / "config.json"
-    return str(json.loads(config.read_text(encoding="utf-8")).get("model_type", "")) if config.is_file() else ""
+    found = json_text.read(config, "take a whole copy of the model") if config.is_file() else {}
+    return str(found.get("model_type", "")) if isinstance(found, dict) else ""
 
 
 def _callable(params: JudgeParams, *, where: str, **_: object) -> Judge:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
 from rankwise.types import UserError
+from tasks import yaml_text
 
 LOCK = Path("dvc.lock")
 
@@ -51,9 +53,36 @@ def lock_entry_md5(stage: str, lock: Path = LOCK) -> str:
     """The md5 of a stage's entry in dvc.lock (command, inputs, params, outputs), "" where it has none."""
     if not Path(lock).is_file():
         return ""
-    stages = (yaml.safe_load(Path(lock).read_text(encoding="utf-8")) or {}).get("stages", {})
-    entry = stages.get(stage)
-    return hashlib.md5(json.dumps(entry, sort_keys=True).encode("utf-8")).hexdigest() if entry else ""
+    entry = lock_entries(lock).get(stage)
+    return hashlib.md5(json.dumps(entry, sort_keys=True, default=str).encode("utf-8")).hexdigest() if entry else ""
+
+
+def lock_entries(lock: Path = LOCK) -> dict[str, dict]:
+    """What dvc.lock says of each stage, none where it is empty; raises UserError where DVC did not write it so."""
+    document = yaml_text.read(lock, missing="run the pipeline first: make run") or {}
+    stages = document.get("stages") or {} if isinstance(document, dict) else None
+    if not isinstance(stages, dict) or not all(isinstance(entry, dict) for entry in stages.values()):
+        raise UserError(f"{lock}: not as DVC writes it, an entry for each stage; get it back from git")
+    return stages
+
+
+def maker_of(path: Path, graph: Path = Path("dvc.yaml")) -> str:
+    """The stage of dvc.yaml whose output a path is, or lies in, whatever its round; "" where none is."""
+    try:
+        stages = yaml_text.read(graph, missing="").get("stages", {})
+        outputs = [(name, out) for name, entry in stages.items() for out in _outputs(entry)]
+    except (UserError, AttributeError, TypeError):  # no project here, or no graph that DVC could read
+        return ""
+    wanted = os.path.relpath(path)
+    fits = lambda out: re.fullmatch(".*".join(map(re.escape, re.split(r"\$\{[^}]*\}", out))) + "(/.*)?", wanted)
+    found = [(len(out), name) for name, out in outputs if fits(out)]
+    return max(found)[1] if found else ""
+
+
+def _outputs(entry: dict) -> Iterator[str]:
+    for kind in ("outs", "metrics", "plots"):
+        for out in entry.get("do", entry).get(kind, []):
+            yield from [out] if isinstance(out, str) else out
 
 
 def _git(*arguments: str) -> str:

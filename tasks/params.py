@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from rankwise.types import UserError
+from tasks import yaml_text
 
 T = TypeVar("T")
 _ABSENT = object()  # a key that is left alone; null is a value
@@ -49,12 +50,7 @@ def load(path: Path, section: str, params_type: type[T]) -> T:
 
 def read_yaml(path: Path) -> dict:
     """A YAML mapping from a file; raises UserError with the line where it breaks."""
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run from the project's root or name one with --params") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {error}") from None
+    document = yaml_text.read(path, missing="run from the project's root or name one with --params")
     if not isinstance(document, dict):
         raise UserError(f"{path}: a mapping of sections was expected, found {type(document).__name__}")
     return document
@@ -75,7 +71,7 @@ def read_entry(address: str) -> dict[str, Any]:
             raise UserError(f"--over {address}: {path} has no {key!r} there{_near(key, known)}")
         entry = entry[key]
     if not isinstance(entry, dict):
-        raise UserError(f"--over {address}: a mapping of sections was expected, found {entry!r}")
+        raise UserError(f"--over {address}: a mapping of sections was expected, found {_cut(entry)}")
     return entry
 
 
@@ -85,11 +81,11 @@ def build(params_type: type[T], given: object, *, where: str) -> T:
     Raises UserError on an unknown key (with the nearest known one), a missing key, a wrong type or range.
     """
     if not isinstance(given, dict):
-        raise UserError(f"{where}: a mapping was expected, found {given!r}")
+        raise UserError(f"{where}: a mapping was expected, found {_cut(given)}")
     known = {f.name: f for f in fields(params_type)}
     for key in given:
         if key not in known:
-            raise UserError(f"{where}.{key}: no such parameter{_near(key, known)} (known: {', '.join(known)})")
+            raise UserError(f"{where}.{_key(key)}: no such parameter{_near(key, known)} (known: {', '.join(known)})")
     hints = typing.get_type_hints(params_type)
     values = {}
     for name, spec in known.items():
@@ -148,7 +144,7 @@ def _check(hint: Any, value: Any, spec: Field, *, where: str) -> Any:
     if (section := section_of(hint)) is not None:
         return None if value is None and not is_dataclass(hint) else build(section, value, where=where)
     if not _fits(hint, value):
-        raise UserError(f"{where}: {_spell(hint)} was expected, found {value!r}{_exponent_hint(hint, value)}")
+        raise UserError(f"{where}: {_spell(hint)} was expected, found {_cut(value)}{_exponent_hint(hint, value)}")
     if hint is float and isinstance(value, int):
         value = float(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -201,15 +197,25 @@ def _spell(hint: Any) -> str:
 def _exponent_hint(hint: Any, value: Any) -> str:
     # YAML 1.1 reads 5e-7 as text: the commonest slip in a learning rate.
     try:
-        is_number = hint is float and isinstance(value, str) and float(value) is not None
+        is_number = hint is float and isinstance(value, str) and math.isfinite(float(value))
     except ValueError:
         is_number = False
     return f"; YAML reads this as text, write it with a point: {float(value):.1e}" if is_number else ""
 
 
 def _near(name: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name)[:100], map(str, known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}…"
+
+
+def _key(name: Any) -> str:
+    text = str(name)
+    return text if len(text) <= 100 else f"{text[:97]}…"
 
 
 def _show(value: Any) -> str:

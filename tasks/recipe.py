@@ -27,7 +27,7 @@ import yaml
 
 from rankwise.rows import write_aside
 from rankwise.types import UserError
-from tasks import rounds
+from tasks import rounds, yaml_text
 from tasks.params import build, merged, read_yaml, section_of
 
 # In the order of the pipeline.
@@ -67,7 +67,7 @@ def apply(recipe: Path | None, params_file: Path = Path("params.yaml"), *, overr
     overlay = read_yaml(recipe) if recipe is not None else {}
     for words in overrides:
         _override(overlay, words)
-    text = render(overlay, where=", ".join([str(recipe), *overrides]))
+    text = render(overlay, where=", ".join([str(recipe), *(words[:200] for words in overrides)]))
     before = params_file.read_text(encoding="utf-8") if params_file.exists() else ""
     write_aside(params_file, lambda aside: aside.write_text(text, encoding="utf-8"))
     diff = difflib.unified_diff(before.splitlines(), text.splitlines(), lineterm="", n=0)
@@ -79,15 +79,15 @@ def _override(overlay: dict[str, Any], words: str) -> None:
     key, equals, value = words.partition("=")
     *sections, last = key.strip().split(".")
     if not equals or not sections or not all([*sections, last]):
-        raise UserError(f"{words!r}: SECTION.KEY=VALUE was expected, such as dpo.beta=0.3")
+        raise UserError(f"{words[:200]!r}: SECTION.KEY=VALUE was expected, such as dpo.beta=0.3")
     try:
-        read = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"{words!r}: {value!r} is no YAML value; put text with special signs in quotes") from None
+        read = yaml_text.parse(value)
+    except yaml_text.NotYaml:
+        raise UserError(f"{words[:200]!r}: no YAML value; put text with special signs in quotes") from None
     for section in sections:
         overlay = overlay.setdefault(section, {})
         if not isinstance(overlay, dict):
-            raise UserError(f"{words!r}: {section} holds a value, no keys")
+            raise UserError(f"{words[:200]!r}: {section} holds a value, no keys")
     overlay[last] = read
 
 
@@ -95,7 +95,7 @@ def render(overlay: dict[str, Any], *, where: str = "recipe") -> str:
     """The text of params.yaml for a recipe's overlay."""
     unknown = [section for section in overlay if section not in SECTIONS]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], SECTIONS, n=1)
+        close = difflib.get_close_matches(str(unknown[0]), SECTIONS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UserError(f"{where}: no stage is called {unknown[0]!r}{hint} (sections: {', '.join(SECTIONS)})")
     graph = rounds.section(_mapping(overlay, "rounds", where), where=f"{where}: rounds")

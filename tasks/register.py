@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rankwise.json_text import as_written
 from rankwise.rows import write_json
 from rankwise.types import UserError
 from tasks import lineage
 from tasks.params import param
-from tasks.stage import Stage, main, read_json
+from tasks.stage import REBUILD, Stage, main, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +113,11 @@ def check_gates(
 def failed_gates(report: Path = Paths.report) -> list[str]:
     """The gates that the registered policy failed, each in a line; none before there is one."""
     path = report / "registration.json"
-    gates = read_json(path)["gates"] if path.exists() else []
-    return [show_gate(gate) for gate in gates if not gate["passed"]]
+    if not path.exists():
+        return []
+    found = read_json(path)
+    with as_written(path, REBUILD):
+        return [show_gate(gate) for gate in found["gates"] if not gate["passed"]]
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, float]:

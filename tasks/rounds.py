@@ -42,7 +42,7 @@ ENTRY = {  # what an entry of rounds.each says beside its stages
 class Params:
     """What people choose; `last` and `each` follow from it."""
 
-    count: int = param(1, "rounds of rollouts, ranking and training", ge=1)
+    count: int = param(1, "rounds of rollouts, ranking and training", ge=1, le=1000)
     reference: Literal["sft", "last"] = param(
         "sft", "what a round's policy is held to: the SFT model, or the policy of the round before"
     )
@@ -104,7 +104,14 @@ def _own(each: Any, *, where: str) -> dict[str, dict[str, Any]]:
     if not isinstance(each, Mapping) or not all(isinstance(entry, Mapping) for entry in each.values()):
         raise UserError(f"{where}: rounds with parameters of their own were expected, such as {{2: {{dpo: {{…}}}}}}")
     own = {str(n): {name: value for name, value in entry.items() if name not in ENTRY} for n, entry in each.items()}
+    if len(own) < len(each):
+        raise UserError(f"{where}: a round stands there twice, as a number and as text; leave one of them out")
     for number, entry in own.items():
+        if strange := [name for name, values in entry.items() if not (values is None or isinstance(values, Mapping))]:
+            raise UserError(
+                f"{where}.{number}.{strange[0]}: a mapping of parameters was expected, found "
+                f"{repr(entry[strange[0]])[:200]}"
+            )
         if unknown := [name for name in entry if name not in STAGES]:
             raise UserError(
                 f"{where}.{number}.{unknown[0]}: no stage of a round is called so (stages: {', '.join(STAGES)})"

@@ -7,19 +7,25 @@ reference itself. What does not is refused by name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
 
 from rankwise.fingerprint import weights_digest
-from rankwise.rows import read_rows, read_table
+from rankwise.rows import REBUILD, conform, read_rows, read_table
 from rankwise.types import Row, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rankwise.rendering import TokenRow
+
+SCHEMA = pa.schema([("id", pa.string()), ("key", pa.string()), ("logps", pa.list_(pa.float32()))])  # what is read of it
+LIMITS = ("max_prompt_tokens", "max_answer_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +60,15 @@ def load(
     from rankwise.reference import key_of
     from rankwise.rendering import Renderer
 
-    table = read_table(reference)
-    meta = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    meta, known = read_reference(reference)
     weights = weights_digest(model)
     _check_origin(meta, reference, model, weights, precision)
     # The same limits as the reference pass had, or the keys below would not be those of the same tokens.
-    limits = {name: int(meta[name]) for name in ("max_prompt_tokens", "max_answer_tokens")}
-    renderer = Renderer(tokenizer, **limits)
+    renderer = Renderer(tokenizer, **{name: meta[name] for name in LIMITS})
     rows = read_rows(preferences)
     if soft:
         _check_strengths(rows, preferences)
     rendered = {row.id: renderer.render(row) for row in rows}
-    known = {record["id"]: record for record in table.select(["id", "key", "logps"]).to_pylist()}
     wrong = [
         row.id
         for row in rendered.values()
@@ -86,7 +89,27 @@ def load(
     )
 
 
-def _check_origin(meta: dict[str, str], reference: Path, model: Path, weights: str, precision: str) -> None:
+def read_reference(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What a table of reference log-probabilities is of, and its records by the row's id: {"id", "key", "logps"}.
+
+    Raises UserError where the file is missing or is no such table.
+    """
+    table = read_table(path)
+    text = lambda data: data.decode("utf-8", "replace")
+    meta: dict[str, Any] = {text(name): text(value) for name, value in (table.schema.metadata or {}).items()}
+    lacking = [name for name in ("reference", "precision", *LIMITS) if name not in meta]
+    lacking += [name for name in SCHEMA.names if name not in table.column_names]
+    if lacking or not all(re.fullmatch("[0-9]{1,9}", meta[name]) for name in LIMITS):
+        why = f"it lacks {', '.join(lacking)}" if lacking else "its limits are no numbers"
+        raise UserError(f"{path}: no table of reference log-probabilities ({why}); {REBUILD}")
+    records = conform(path, table, SCHEMA, may_be_null=()).to_pylist()
+    known = {record["id"]: record for record in records}
+    if len(known) < len(records):
+        raise UserError(f"{path}: an id occurs twice; {REBUILD}")
+    return {**meta, **{name: int(meta[name]) for name in LIMITS}}, known
+
+
+def _check_origin(meta: dict[str, Any], reference: Path, model: Path, weights: str, precision: str) -> None:
     """Raises UserError where the table is of other weights, or was computed in another precision."""
     if meta.get("reference") != weights:
         raise UserError(

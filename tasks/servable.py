@@ -9,10 +9,10 @@ elsewhere RANKWISE_POLICY names a folder that has them.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from rankwise import json_text
 from rankwise.types import text_prompt
 from tasks import weights
 
@@ -22,9 +22,12 @@ def find_weights(folder: Path) -> Path:
     pointer = Path(folder) / "pointer.json"
     if not pointer.is_file():
         return Path(folder)
-    wanted = json.loads(pointer.read_text(encoding="utf-8"))
-    revisions = weights.revisions_of(wanted.get("commit", ""), wanted.get("branch", ""))
-    return weights.find(wanted["md5"], Path(wanted["path"]), revisions=revisions)
+    mend = "register the policy again: dvc repro --force register"
+    wanted = json_text.read(pointer, mend)
+    with json_text.as_written(pointer, mend):
+        revisions = weights.revisions_of(wanted.get("commit", ""), wanted.get("branch", ""))
+        md5, path = str(wanted["md5"]), Path(wanted["path"])
+    return weights.find(md5, path, revisions=revisions)
 
 
 class Policy:

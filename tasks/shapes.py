@@ -15,7 +15,6 @@ where a prompt is prompt, prompt_messages, conversations (ShareGPT) or instructi
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from typing import Any
 
 from rankwise.corpus import opening
 from rankwise.types import Answer, Message, text_prompt
-from tasks.formats import BadRecord, show
+from tasks.formats import BadRecord, show, spell
 
 Prompt = tuple[Message, ...]
 Parts = tuple[Prompt, tuple[Answer, ...]]
@@ -59,7 +58,7 @@ class Shape:
 def read_parts(record: dict, shape: Shape, *, opening_words: int, chat: str) -> Parts:
     """A record's prompt and answers; chat "roles" turns transcripts into turns, "text" turns into transcripts."""
     if missing := shape.missing(record):
-        raise BadRecord(f"shape {shape.name!r} needs column {', '.join(missing)}; found {', '.join(record) or 'none'}")
+        raise BadRecord(f"shape {shape.name!r} needs column {', '.join(missing)}; found {spell(record) or 'none'}")
     if chat == "roles" and "prompt_messages" in record:
         record = {name: value for name, value in record.items() if name != "prompt"}
     return RESTYLE[chat](*shape.read(record, opening_words))
@@ -79,7 +78,7 @@ def _ranking(record: dict, _: int) -> Parts:
             "or give it as prompt + completion"
         )
     answers = [
-        Answer(text=_text(entry.get("text"), f"{column}.text"), rank=rank, source=_writer(entry))
+        Answer(text=text_of(entry.get("text"), f"{column}.text"), rank=rank, source=_writer(entry))
         for entry, rank in zip(entries, _ranks(entries, column))
     ]
     return _prompt_of(record), tuple(answers)
@@ -95,7 +94,7 @@ def _pair(record: dict, opening_words: int) -> Parts:
 def _pair_turns(record: dict, _: int) -> Parts:
     chosen, rejected = record["chosen"], record["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
-        return _pair_transcripts(_text(chosen, "chosen"), _text(rejected, "rejected"))
+        return _pair_transcripts(text_of(chosen, "chosen"), text_of(rejected, "rejected"))
     (shared, better), (other, worse) = _last_turn(chosen, "chosen"), _last_turn(rejected, "rejected")
     if shared != other:
         turn = next((i for i, (a, b) in enumerate(zip(shared, other)) if a != b), min(len(shared), len(other))) + 1
@@ -138,7 +137,7 @@ def _prompt(record: dict, _: int) -> Parts:
 
 
 def _plain(record: dict, opening_words: int) -> Parts:
-    text = _text(record["text"], "text")
+    text = text_of(record["text"], "text")
     if not text.strip():
         raise BadRecord("column 'text' is empty; leave the row out")
     if opening_words == 0:
@@ -210,14 +209,14 @@ def _prompt_of(record: dict) -> Prompt:
     value = record[column]
     if isinstance(value, list):
         return _turns(value, column)
-    text = _text(value, column)
+    text = text_of(value, column)
     if not text.strip():
         raise BadRecord(f"column {column!r} is empty; leave the row out")
     if column != "instruction":
         return text_prompt(text)
-    more = _text(record.get("input") or "", "input")
+    more = _text_or_nothing(record, "input")
     turn = Message(role="user", content=f"{text}\n\n{more}" if more else text)
-    system = _text(record.get("system") or "", "system")
+    system = _text_or_nothing(record, "system")
     return (Message(role="system", content=system), turn) if system else (turn,)
 
 
@@ -233,9 +232,9 @@ def _turns(value: Any, column: str) -> Prompt:
         if not isinstance(turn, dict):
             raise BadRecord(f"column {where!r}: {{role, content}} was expected, found {show(turn)}")
         role, said = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise BadRecord(f"column {where!r}: a role of {', '.join(ROLES)} was expected, found {show(role)}")
-        turns.append(Message(role=ROLES[role], content=_text(said, where)))
+        turns.append(Message(role=ROLES[role], content=text_of(said, where)))
     return tuple(turns)
 
 
@@ -250,10 +249,16 @@ def _last_turn(value: Any, column: str) -> tuple[Prompt, str]:
 
 def _said(record: dict, column: str) -> str:
     value = record[column]
-    return _last_turn(value, column)[1] if isinstance(value, (list, dict)) else _text(value, column)
+    return _last_turn(value, column)[1] if isinstance(value, (list, dict)) else text_of(value, column)
 
 
-def _text(value: Any, column: str) -> str:
+def _text_or_nothing(record: dict, column: str) -> str:
+    value = record.get(column)
+    return "" if value is None else text_of(value, column)
+
+
+def text_of(value: Any, column: str) -> str:
+    """A text that any table can hold; raises BadRecord on anything else."""
     if not isinstance(value, str):
         raise BadRecord(f"column {column!r}: text was expected, found {show(value)}; mend it or leave the row out")
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
@@ -269,19 +274,19 @@ def _ranks(entries: list[dict], column: str) -> list[int]:
     """Dense ranks, 0 best, ties equal, from the entries' ranks or else from their scores (higher is better)."""
     for name, sign in (("rank", 1), ("score", -1)):
         values = [entry.get(name) for entry in entries]
-        if all(isinstance(v, (int, float)) and not isinstance(v, bool) and not math.isnan(v) for v in values):
+        if all(isinstance(v, (int, float)) and not isinstance(v, bool) and v == v for v in values):  # NaN is not
             order = {value: rank for rank, value in enumerate(sorted({sign * value for value in values}))}
             return [order[sign * value] for value in values]
     found = [entry.get("rank", entry.get("score")) for entry in entries]
     raise BadRecord(
-        f"column {column!r}: a rank (0 best, equal = tie) or a score for every answer was expected, found {found}; "
-        "complete them or leave the row out"
+        f"column {column!r}: a rank (0 best, equal = tie) or a score for every answer was expected, "
+        f"found {show(found)}; complete them or leave the row out"
     )
 
 
 def _writer(entry: dict) -> str:
     names = (entry.get(name) for name in ("source", "model", "model_name"))
-    return next((name for name in names if isinstance(name, str) and name), "dataset")
+    return text_of(next((name for name in names if isinstance(name, str) and name), "dataset"), "source")
 
 
 def _first(record: dict, names: tuple[str, ...]) -> str:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from rankwise.types import Row, UserError, show_prompt
 from tasks.formats import BadRecord, near, records, show, spell
 from tasks.params import param
-from tasks.shapes import COLUMNS, SHAPES, LeftOut, Shape, read_parts
+from tasks.shapes import COLUMNS, SHAPES, LeftOut, Shape, read_parts, text_of
 
 IDS = ("id", "prompt_id", "question_id", "uuid")
 KEPT = ("label", "split", "group", "source", "category", "subset")  # scalar columns that go into a row's meta
@@ -110,7 +110,7 @@ class _Reader:
         try:
             prompt, answers = read_parts(own, self.shape, opening_words=self.opening_words, chat=self.file.chat)
         except BadRecord as bad:
-            raise BadRecord(f"(id {named!r}) {bad}" if named is not None else str(bad)) from None
+            raise BadRecord(f"(id {_cut(named)}) {bad}" if named is not None else str(bad)) from None
         content = [[asdict(message) for message in prompt], [[a.text, a.rank] for a in answers]]
         row = Row(
             id=self._id(named, content, place), prompt=prompt, answers=answers, meta=self._meta({**record, **own})
@@ -159,8 +159,8 @@ class _Reader:
         for shape in SHAPES.values():
             if not shape.missing(record):
                 return shape
-        hints = [(name, difflib.get_close_matches(name.lower(), sorted(COLUMNS), n=1, cutoff=0.7)) for name in record]
-        meant = ", ".join(f"{name}: {close[0]}" for name, close in hints if close)
+        near_miss = lambda name: difflib.get_close_matches(name[:60].lower(), sorted(COLUMNS), n=1, cutoff=0.7)
+        meant = spell(f"{name}: {close[0]}" for name in record if (close := near_miss(name)))
         shapes = "\n".join(f"  {s.name}: {' + '.join('|'.join(g) for g in s.needs)}" for s in SHAPES.values())
         raise UserError(
             f"{self.path}: columns {spell(record)} fit no known shape; "
@@ -173,13 +173,13 @@ class _Reader:
             row_id = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
             if row_id in self.seen:
                 raise LeftOut("exact duplicate")
-        elif isinstance(named, (str, int)) and str(named).strip():
-            row_id = str(named)
+        elif isinstance(named, (str, int)) and not isinstance(named, bool) and str(named).strip():
+            row_id = text_of(str(named), "id")
         else:
             raise BadRecord(f"an id (text or a whole number) was expected, found {show(named)}")
         if row_id in self.seen:
             raise BadRecord(
-                f"id {row_id!r} occurs twice, first at {self.seen[row_id]}; make ids unique, or map the column to "
+                f"id {_cut(row_id)} occurs twice, first at {self.seen[row_id]}; make ids unique, or map the column to "
                 "something else, as in columns: {prompt_id: group}"
             )
         self.seen[row_id] = place
@@ -187,16 +187,24 @@ class _Reader:
 
     def _meta(self, record: dict) -> dict[str, Any]:
         meta = {name: record[name] for name in (*KEPT, *self.file.keep) if _is_scalar(record.get(name))}
+        for name, value in meta.items():
+            if isinstance(value, str):
+                text_of(value, name)
         if group := self.file.group:
             if group not in record:
                 raise BadRecord(f"group: column {group!r} is missing{near(group, record)}; found {spell(record)}")
-            meta["group"] = str(record[group])
+            meta["group"] = text_of(str(record[group]), group)
         return meta
 
 
 def words(row: Row) -> int:
     """Words of a row's prompt and of its longest answer."""
     return len(show_prompt(row.prompt).split()) + max((len(a.text.split()) for a in row.answers), default=0)
+
+
+def _cut(named: Any) -> str:
+    text = repr(named)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _is_scalar(value: Any) -> bool:

@@ -14,7 +14,6 @@ import errno
 import fcntl
 import hashlib
 import io
-import json
 import os
 import shutil
 import signal
@@ -27,12 +26,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from rankwise import json_text
 from rankwise.rows import write_aside, write_json
 from rankwise.runtime import keep_freed_memory, spin_briefly
-from rankwise.types import Unavailable, UserError, printable
-from tasks import rounds, tracking
+from rankwise.types import Missing, Unavailable, UserError, printable
+from tasks import lineage, rounds, tracking
 from tasks.params import default_of, read_entry, section_of
 
+REBUILD = "rebuild it with the stage that makes it"
 P = TypeVar("P")
 # Outside every DVC output, so that nothing computed is lost when DVC clears an output before a run.
 HOME = tracking.home()
@@ -214,7 +215,7 @@ def exit_status(name: str, work: Callable[[], None]) -> int:
     try:
         work()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error}{_maker(error)}", file=sys.stderr, flush=True)
         return os.EX_TEMPFAIL if isinstance(error, Unavailable) else 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
@@ -327,6 +328,12 @@ def _name_by_report(name: str, paths: Any) -> str:
     return f"{name}-{getattr(paths, 'report', '')}".replace(os.sep, "-")
 
 
+def _maker(error: UserError) -> str:
+    """Which stage makes what is missing, as dvc.yaml says; "" where it does not."""
+    stage = lineage.maker_of(error.path) if isinstance(error, Missing) else ""
+    return stage and f": dvc repro {stage}"
+
+
 def _leave_with_parent() -> None:
     """Started by DVC, get SIGTERM when DVC dies: an orphan would go on writing beside its successor."""
     if "DVC_STAGE" in os.environ and sys.platform == "linux":
@@ -362,11 +369,4 @@ def _flat_numbers(value: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 def read_json(path: Path) -> Any:
     """A JSON file that a stage wrote; raises UserError where it is missing or broken."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run the stage that makes it first (dvc repro shows which)") from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not JSON ({error.msg}); rebuild it with the stage that makes it"
-        ) from None
+    return json_text.read(path, REBUILD)

@@ -76,7 +76,8 @@ def check_needs(sweep: Sweep, params: Path, source: Path) -> None:
     given = read_yaml(params)
     for section, values in sweep.needs.items():
         for name, value in values.items():
-            found = (given.get(section) or {}).get(name)
+            own = given.get(section)
+            found = own.get(name) if isinstance(own, dict) else own
             if found != value:
                 raise UserError(
                     f"{params}: {section}.{name} is {found!r}, and {source} is about {value!r}: apply the recipe that "

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mlflow.tracking import MlflowClient
 
 from tasks import lineage
 from tasks.register import flatten
+from tasks.stage import read_json
 from tasks.tracking import home
 from tasks.tracking_runs import Recorder, key_of
 
@@ -49,8 +48,7 @@ def backfill(client: MlflowClient, experiment: str) -> list[dict[str, str]]:
 
 
 def _entries() -> dict[str, dict[str, Any]]:
-    lock = lineage.LOCK
-    return (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {}) if lock.is_file() else {}
+    return lineage.lock_entries() if lineage.LOCK.is_file() else {}
 
 
 def _report(entry: Mapping[str, Any]) -> tuple[Path, str] | None:
@@ -122,4 +120,4 @@ def _curves(report: Path) -> Iterator[tuple[int, dict[str, float]]]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import socket
 import sys
 
+from rankwise import json_text
 from rankwise.types import UserError
 from tasks.tracking import PATIENCE_COPY_S, home, registry, without_password
 from tasks.tracking_worker import SETTINGS
@@ -87,9 +87,12 @@ def _show(port: int, *, only_print: bool) -> int:
 
 def _last_pipeline() -> str:
     """The page of the run that ended last, a pipeline's before a stage's; "" where there is none."""
-    runs = [json.loads(path.read_text()) | {"at": path.stat().st_mtime} for path in (home() / "runs").glob("*.json")]
-    runs.sort(key=lambda run: (run["kind"] == "pipeline", run["at"]))
-    return "#" + runs[-1]["url"].partition("#")[2] if runs else ""
+    runs = [(path.stat().st_mtime, json_text.read(path, "remove it")) for path in (home() / "runs").glob("*.json")]
+    known = [(at, run) for at, run in runs if isinstance(run, dict) and isinstance(run.get("url"), str)]
+    if not known:
+        return ""
+    _, last = max(known, key=lambda one: (one[1].get("kind") == "pipeline", one[0]))
+    return "#" + last["url"].partition("#")[2]
 
 
 if __name__ == "__main__":

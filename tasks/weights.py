@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from rankwise import json_text
 from rankwise.types import UserError
 from tasks import lineage, params, tracking
 
@@ -121,19 +121,32 @@ def _from_cache(md5: str, aside: Path) -> bool:
     listing = _object(cache, md5)
     if where is None or not listing.is_file():
         return False
-    for entry in json.loads(listing.read_text(encoding="utf-8")):
-        source, target = _object(cache, entry["md5"]), aside / entry["relpath"]
-        # A cache is filled from a remote that others write too: a name must not lead out of the folder.
-        if not target.is_relative_to(aside) or ".." in target.parts:
-            raise UserError(f"{listing}: names a file outside its folder, {entry['relpath']!r}, which is not written")
+    mend = "take it out of DVC's cache, and fetch it again: dvc pull"
+    entries = json_text.read(listing, mend)
+    with json_text.as_written(listing, mend):
+        files = [(_object(cache, entry["md5"]), _inside(aside, entry["relpath"])) for entry in entries]
+    for source, target in files:
         if not source.is_file():
             return False
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(source, target)
-        except OSError:  # another file system
-            shutil.copyfile(source, target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _link(source, target)
+        except OSError as error:  # a file that is listed twice, or as a folder too; a disk that is full
+            raise UserError(f"{listing}: {target.name} cannot be put into {aside} ({error}); {mend}") from None
     return True
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"names a file outside its folder, {name[:60]!r}")
+    return folder / name
 
 
 def _object(cache: Path, md5: str) -> Path:
