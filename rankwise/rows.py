@@ -108,7 +108,9 @@ def read_table(path: Path) -> pa.Table:
     try:
         with pq.ParquetFile(path) as file:
             _check_claims(path, file)
-            return file.read()
+            table = file.read()
+            _check_count(path, file, table.num_rows)
+            return table
     except UserError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -120,8 +122,11 @@ def stream_records(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(path) as file:
             _check_claims(path, file)
+            count = 0
             for batch in file.iter_batches(1024):
+                count += batch.num_rows
                 yield from records_of(batch)
+            _check_count(path, file, count)
     except UserError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -182,6 +187,12 @@ def _check_claims(path: Path, file: pq.ParquetFile) -> None:
     rows, size = file.metadata.num_rows, os.stat(path).st_size
     if rows > max(MANY_ROWS, MOST_ROWS_A_BYTE * size):
         raise UserError(f"{path}: claims {rows:,} rows in {size:,} bytes; no readable Parquet file: write it again")
+
+
+def _check_count(path: Path, file: pq.ParquetFile, count: int) -> None:
+    if count != file.metadata.num_rows:
+        said = file.metadata.num_rows
+        raise UserError(f"{path}: not a whole Parquet file (it says {said} rows and holds {count}); write it again")
 
 
 def write_json(path: Path, value: object) -> None:

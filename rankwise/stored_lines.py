@@ -238,6 +238,8 @@ def _fields(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     table = csv.DictReader(itertools.chain([header], lines), delimiter=max(",;\t", key=header.count), strict=True)
     try:
         names = table.fieldnames or ()
+        if header and not names:
+            raise UserError(f"{path}: line 1: the columns' names were expected, and it is blank; remove it")
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"{path}: line 1: two columns are called {twice[0][:60]!r}; rename one of them")
         for record in table:

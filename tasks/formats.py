@@ -108,7 +108,10 @@ def _csv(path: Path) -> Iterator[Found]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     table = csv.DictReader(_whole_lines(path), strict=True)
     try:
-        _refuse_repeats(table.fieldnames or (), f"{path}:1")
+        names = table.fieldnames  # None where the file is empty
+        if names == []:
+            raise UserError(f"{path}:1: the columns' names were expected in the first line, which is blank; remove it")
+        _refuse_repeats(names or (), f"{path}:1")
         for record in table:
             place = f"{path}:{table.line_num}"
             if None in record or None in record.values():

@@ -346,7 +346,7 @@ def test_a_line_that_makes_no_sense_is_named(tmp_path, line, message):
         ("a.jsonl", b"[1]\n", r"line 1: an object with named columns"),
         ("a.jsonl.gz", b"no gzip", r"not a whole gzip file"),
         ("a.csv.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + b"\xff" * 50, r"not a whole gzip file"),
-        ("a.jsonl", b"[" * 100_000, r"line 1: nested too deep"),
+        ("a.jsonl", b"[" * 100_000, r"line 1: not JSON: lists and objects are nested more than 64 deep"),
         ("a.jsonl", b"", r"no line gives a verdict"),
     ],
 )

@@ -59,26 +59,37 @@ def shares(cases: int, names: list[str]) -> dict[str, int]:
 
 
 def run(cases: Mapping[str, int], *, processes: int, show=print) -> dict[str, Tally]:
-    """Run so many cases of each reader; a process that dies or hangs is a defect of the case that it was at."""
+    """Run so many cases of each reader; a process that dies or hangs is a defect of the case that it was at.
+
+    Ctrl-C or SIGTERM ends it with what came so far.
+    """
     tallies = {name: Tally() for name in cases}
     chunks = _chunks(cases)
     running: list[_Process] = []
     began = told = time.monotonic()
-    while True:
-        while len(running) < processes and (chunk := next(chunks, None)):
-            running.append(_Process(*chunk))
-        if not running:
-            return tallies
-        time.sleep(0.02)
-        for one in list(running):
-            if one.ended():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while True:
+            while len(running) < processes and (chunk := next(chunks, None)):
+                running.append(_Process(*chunk))
+            if not running:
+                return tallies
+            time.sleep(0.05)
+            for one in [one for one in running if one.ended()]:
                 running.remove(one)
+                for kind in one.tally.defects.keys() - tallies[one.name].defects.keys():
+                    show(f"{one.name}: {kind}; --replay {one.name}:{one.tally.defects[kind][0]['case']}")
                 tallies[one.name].join(one.tally)
                 if one.rest:
                     running.append(_Process(one.name, one.rest.start, one.rest.stop))
-        if time.monotonic() - told > 30:
-            told = time.monotonic()
-            show(_progress(tallies, sum(cases.values()), told - began))
+            if time.monotonic() - told > 60:
+                told = time.monotonic()
+                show(_progress(tallies, sum(cases.values()), told - began))
+    except KeyboardInterrupt:
+        show(f"stopped; {_progress(tallies, sum(cases.values()), time.monotonic() - began)}")
+        for one in running:
+            one.kill()
+        return tallies
 
 
 def _chunks(cases: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
@@ -125,11 +136,14 @@ class _Process:
         if self._at.value != number:
             self._seen = (self._at.value, time.monotonic())
         elif time.monotonic() - since > STUCK_S:
-            self._process.kill()
-            self._process.join()
+            self.kill()
             self._died(number)
             return True
         return False
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
 
     def _died(self, number: int) -> None:
         self._process.join()
@@ -150,6 +164,7 @@ def _signal(number: int) -> str:
 def _work(name: str, numbers: range, at: Any, told: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TMPDIR"] = _fast() or tempfile.gettempdir()
     law.limit_memory(MEMORY_BYTES)
     place = Path(tempfile.mkdtemp(prefix="fuzzing-", dir=_fast()))
     tally = Tally()

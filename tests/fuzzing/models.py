@@ -199,14 +199,14 @@ reader(
     name="tokenizer",
     make=lambda r: _spoilt_folder(r, ("tokenizer", "chat_template", "special")),
     read=_quietly(_read_tokenizer),
-    weight=0.4,
+    weight=0.15,
     places=("model",),
 )
 reader(
     name="model",
     make=lambda r: _spoilt_folder(r, ("model", "config", "generation")),
     read=_quietly(_read_model),
-    weight=0.2,
+    weight=0.06,
     places=("model",),
 )
-reader(name="chat", make=_chat, read=_quietly(_read_chat), weight=0.6, places=("model", "r1"))
+reader(name="chat", make=_chat, read=_quietly(_read_chat), weight=0.2, places=("model", "r1"))

@@ -91,7 +91,7 @@ def _read_settings(path: Path) -> None:
 
 
 def _beside(name: str, whole: Any, read: Callable[[Path], Any], **more: Any) -> None:
-    reader(name=name, make=lambda random: {f"{name}.json": _json(random, whole)}, read=read, weight=0.5, **more)
+    reader(name=name, make=lambda random: {f"{name}.json": _json(random, whole)}, read=read, weight=1.5, **more)
 
 
 def _read_gates(folder: Path) -> None:
@@ -213,7 +213,7 @@ def _read_variables(folder: Path) -> None:
         raise told[0]
 
 
-reader(name="report", make=_report, read=_read_report, weight=1.0, places=("metrics.json", "points"))
+reader(name="report", make=_report, read=_read_report, weight=0.3, places=("metrics.json", "points"))
 _beside("gates", GATES, _read_gates, places=("registration.json",))
 _beside("model_config", CONFIG, _read_config, places=("config.json",))
 _beside("server", {"url": "http://127.0.0.1:9/api"}, _read_server)
@@ -226,5 +226,5 @@ _beside(
 _beside("listing", [{"md5": "aa1", "relpath": "a/b.bin"}], _read_listing, places=("bb/2.dir", "2.dir"))
 _beside("pointer", {"md5": "m.dir", "path": "models/policy", "commit": "c", "branch": ""}, _read_pointer)
 _beside("runs", {"kind": "pipeline", "url": "http://h/#/x", "run_id": "1"}, _read_runs)
-reader(name="lines", make=_lines, read=_read_lines, weight=0.5)
-reader(name="environment", make=_variables, read=_read_variables, weight=0.5, places=("RANKWISE_JUDGE_",))
+reader(name="lines", make=_lines, read=_read_lines, weight=2.0)
+reader(name="environment", make=_variables, read=_read_variables, weight=1.0, places=("RANKWISE_JUDGE_",))

@@ -168,10 +168,7 @@ def _read_over(folder: Path) -> None:
 
 def _lock(random: Random) -> Files:
     document = {"schema": "2.0", "stages": {"sft": {"cmd": "x", "deps": [{"path": "a", "md5": "b"}], "outs": []}}}
-    if random.random() < 0.7:
-        text = _dumped(trees.changed(random, document))
-    else:
-        text = random.choice(ODD)
+    text = _dumped(trees.changed(random, document)) if random.random() < 0.7 else random.choice(ODD)
     data = trees.octets(text)
     return {"dvc.lock": octets.spoilt(random, data, data) if random.random() < 0.4 else data}
 
@@ -185,21 +182,21 @@ reader(
     name="params",
     make=lambda r: {"params.yaml": spoilt_yaml(r, "params.yaml", parts=2)},
     read=_read_params,
-    weight=0.6,
+    weight=0.3,
 )
 reader(
     name="recipe",
     make=_recipe,
     read=_read_recipe,
-    weight=0.03,
+    weight=0.01,
     places=("recipe.yaml", "rounds", "=", "tasks.recipe"),
 )
 reader(
     name="sweep",
     make=lambda r: {"sweep.yaml": spoilt_yaml(r, "recipes/sweeps/*.yaml", parts=9)},
     read=_read_sweep,
-    weight=0.15,
+    weight=0.04,
     places=("sweep.yaml", "params.yaml"),
 )
-reader(name="over", make=lambda r: {_TOLD: spoilt_yaml(r, "params.yaml", parts=1)}, read=_read_over, weight=0.5)
-reader(name="dvc.lock", make=_lock, read=_read_lock)
+reader(name="over", make=lambda r: {_TOLD: spoilt_yaml(r, "params.yaml", parts=1)}, read=_read_over, weight=0.2)
+reader(name="dvc.lock", make=_lock, read=_read_lock, weight=0.4)

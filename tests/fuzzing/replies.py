@@ -190,13 +190,13 @@ def _rubric(random: Random) -> Files:
     return {"rubric.md": octets.one_of(random, [path.read_bytes() for path in paths])}
 
 
-reader(name="verdict", make=lambda r: {CASE: _spoilt_reply(r, _chat(r))}, read=_read_verdict, weight=14.0)
+reader(name="verdict", make=lambda r: {CASE: _spoilt_reply(r, _chat(r))}, read=_read_verdict, weight=24.0)
 reader(
     name="sampled",
     make=lambda r: {CASE: _spoilt_reply(r, _completion())},
     read=_read_sampled,
-    weight=4.0,
+    weight=8.0,
     places=("the server reads",),
 )
-reader(name="http", make=_http, read=_read_http, weight=0.15, places=("http://127.0.0.1:9",))
-reader(name="rubric", make=_rubric, read=_read_rubric)
+reader(name="http", make=_http, read=_read_http, weight=0.03, places=("http://127.0.0.1:9",))
+reader(name="rubric", make=_rubric, read=_read_rubric, weight=1.0)

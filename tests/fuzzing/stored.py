@@ -116,5 +116,5 @@ def _read(folder: Path) -> None:
     write_verdicts(folder / "verdicts.parquet", [("people", judge.identity, reply) for reply in replies])
 
 
-reader(name="stored", make=_file, read=_read, weight=4.0)
-reader(name="sheet", make=_sheet, read=_read, weight=1.0)
+reader(name="stored", make=_file, read=_read, weight=1.8)
+reader(name="sheet", make=_sheet, read=_read, weight=0.5)

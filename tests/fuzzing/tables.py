@@ -192,8 +192,8 @@ def _read_budget(folder: Path) -> None:
         budget.settle(10, prompt=1, completion=1)
 
 
-reader(name="rows", make=_rows, read=_read_rows, weight=2.0)
-reader(name="verdicts", make=_verdicts, read=_read_verdicts, weight=2.0)
-reader(name="reference", make=_reference, read=_read_reference, weight=1.0)
-reader(name="store", make=lambda r: _database(r, "store.sqlite", _OF_STORE), read=_read_store, weight=0.4)
-reader(name="budget", make=lambda r: _database(r, "spending.sqlite", _OF_BUDGET), read=_read_budget, weight=0.4)
+reader(name="rows", make=_rows, read=_read_rows, weight=0.7)
+reader(name="verdicts", make=_verdicts, read=_read_verdicts, weight=0.7)
+reader(name="reference", make=_reference, read=_read_reference, weight=0.6)
+reader(name="store", make=lambda r: _database(r, "store.sqlite", _OF_STORE), read=_read_store, weight=0.2)
+reader(name="budget", make=lambda r: _database(r, "spending.sqlite", _OF_BUDGET), read=_read_budget, weight=0.2)
