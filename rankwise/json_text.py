@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rankwise.types import Missing, UserError
+from rankwise.types import UserError
 
 DEEPEST = 64  # lists and objects inside one another
 _HALVES = re.compile("[\ud800-\udfff]")
@@ -53,7 +53,7 @@ def read(path: Path, mend: str) -> Any:
     try:
         return parse(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise Missing(path, "file") from None
+        raise UserError(f"{path}: no such file; {mend}") from None
     except NotJson as error:
         raise UserError(f"{path}:{error.line}: not JSON ({error}); {mend}") from None
     except UnicodeDecodeError as error:

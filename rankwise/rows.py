@@ -10,16 +10,16 @@ import glob
 import itertools
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rankwise import json_text
+from rankwise.table_checks import REBUILD, check_claims, check_count, conform, records_of
 from rankwise.types import Answer, Message, Missing, Row, UserError
 
 _ANSWER = pa.struct(
@@ -49,10 +49,6 @@ _MAY_BE_NULL = {
     *(f"answers[].{name}" for name in ("rank", "strength", "strength_se", "token_ids", "finish_reason", "seed")),
     *("answers[].logps", "answers[].engine"),
 }
-REBUILD = "rebuild the table with the stage that makes it"
-# A file of a few hundred bytes can claim any number of rows of one value, and reading would take as long.
-MOST_ROWS_A_BYTE = 64
-MANY_ROWS = 2**24
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> int:
@@ -107,9 +103,9 @@ def read_table(path: Path) -> pa.Table:
         raise Missing(path, "table")
     try:
         with pq.ParquetFile(path) as file:
-            _check_claims(path, file)
+            check_claims(path, file)
             table = file.read()
-            _check_count(path, file, table.num_rows)
+            check_count(path, file, table.num_rows)
             return table
     except UserError:
         raise
@@ -121,78 +117,16 @@ def stream_records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of any Parquet file, a batch of them in memory at a time; raises UserError where it is broken."""
     try:
         with pq.ParquetFile(path) as file:
-            _check_claims(path, file)
+            check_claims(path, file)
             count = 0
             for batch in file.iter_batches(1024):
                 count += batch.num_rows
                 yield from records_of(batch)
-            _check_count(path, file, count)
+            check_count(path, file, count)
     except UserError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({error}); fetch or write it again") from None
-
-
-def records_of(table: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
-    """Records as plain values; raises ValueError on a value that has none, such as a date in the year 60000."""
-    try:
-        return table.to_pylist()
-    except (ValueError, OverflowError, LookupError):
-        for name, column in zip(table.schema.names, table.columns):
-            try:
-                column.to_pylist()
-            except (ValueError, OverflowError, LookupError) as error:
-                raise ValueError(f"column {name!r}, {column.type}: a value that is none: {error}") from None
-        raise
-
-
-def conform(path: Path, table: pa.Table, schema: pa.Schema, *, may_be_null: Collection[str]) -> pa.Table:
-    """The columns of a schema in its types.
-
-    Args:
-        may_be_null: names such as "meta" and "answers[].rank"; nothing else lacks a value.
-
-    Raises UserError where a column holds another type, or nothing in a place that wants a value.
-    """
-    columns = []
-    for field in schema:
-        column = table.column(field.name)
-        try:
-            columns.append(column.cast(field.type))
-        except (pa.ArrowException, ValueError) as error:
-            raise UserError(f"{path}: column {field.name!r} is {column.type} ({error}): {REBUILD}") from None
-    table = pa.table(columns, schema=schema)
-    for name in schema.names:
-        if hole := next(_holes(name, table.column(name), may_be_null), None):
-            raise UserError(f"{path}: {hole} lacks a value that every row has: {REBUILD}")
-    return table
-
-
-def _holes(name: str, values: pa.ChunkedArray, allowed: Collection[str]) -> Iterator[str]:
-    if values.null_count and name not in allowed:
-        yield name
-    if pa.types.is_list(values.type):
-        yield from _holes(f"{name}[]", pc.list_flatten(values), allowed)
-    elif pa.types.is_struct(values.type):
-        for field in values.type:
-            yield from _holes(f"{name}.{field.name}", pc.struct_field(values, field.name), allowed)
-
-
-def _check_claims(path: Path, file: pq.ParquetFile) -> None:
-    """Raise UserError for what a file says of itself and no table of records is."""
-    names = file.schema_arrow.names
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{path}: two columns are called {twice!r}, and a record could keep one of them; rename one")
-    rows, size = file.metadata.num_rows, os.stat(path).st_size
-    if rows > max(MANY_ROWS, MOST_ROWS_A_BYTE * size):
-        raise UserError(f"{path}: claims {rows:,} rows in {size:,} bytes; no readable Parquet file: write it again")
-
-
-def _check_count(path: Path, file: pq.ParquetFile, count: int) -> None:
-    if count != file.metadata.num_rows:
-        said = file.metadata.num_rows
-        raise UserError(f"{path}: not a whole Parquet file (it says {said} rows and holds {count}); write it again")
 
 
 def write_json(path: Path, value: object) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from rankwise.fingerprint import digest
-from rankwise.rows import REBUILD, conform, read_table, write_table
+from rankwise.rows import read_table, write_table
+from rankwise.table_checks import REBUILD, conform
 from rankwise.types import Message, Row, UserError
 
 LOG3 = math.log(3)  # log-odds of one verdict without probabilities: Anscombe's empirical logit, log((1 + ½) / (0 + ½))

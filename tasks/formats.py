@@ -18,7 +18,8 @@ from typing import Any
 import pyarrow as pa
 
 from rankwise import json_text, text_files
-from rankwise.rows import records_of, stream_records
+from rankwise.rows import stream_records
+from rankwise.table_checks import records_of
 from rankwise.types import UserError
 
 HUB = "hub:"
@@ -180,6 +181,8 @@ def _saved(path: Path, split: str) -> Iterator[Found]:
         if split not in splits:
             raise UserError(f"{path}: no split {split!r}{near(split, splits)}; found {spell(splits)}")
         where = path / split
+    if not (where / "state.json").is_file():
+        raise UserError(f"{where}: holds no state.json; {again}")
     state = json_text.read(where / "state.json", again)
     files = state.get("_data_files") if isinstance(state, dict) else None
     names = [one.get("filename") if isinstance(one, dict) else None for one in files] if isinstance(files, list) else []

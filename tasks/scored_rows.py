@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from rankwise.fingerprint import weights_digest
-from rankwise.rows import REBUILD, conform, read_rows, read_table
+from rankwise.rows import read_rows, read_table
+from rankwise.table_checks import REBUILD, conform
 from rankwise.types import Row, UserError
 
 if TYPE_CHECKING:

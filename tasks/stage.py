@@ -369,4 +369,6 @@ def _flat_numbers(value: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 def read_json(path: Path) -> Any:
     """A JSON file that a stage wrote; raises UserError where it is missing or broken."""
+    if not Path(path).exists():
+        raise Missing(path, "file")
     return json_text.read(path, REBUILD)

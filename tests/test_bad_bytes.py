@@ -347,7 +347,7 @@ def test_a_table_of_rows_with_other_columns_is_told(tmp_path, column, value, wor
 
 
 def test_a_file_that_claims_more_rows_than_it_can_hold_is_not_read(tmp_path):
-    from rankwise.rows import MANY_ROWS
+    from rankwise.table_checks import MANY_ROWS
 
     nulls = pa.nulls(2 * MANY_ROWS, pa.int32())
     pq.write_table(pa.table({"a": nulls}), tmp_path / "a.parquet")

@@ -10,5 +10,5 @@ nothing was dropped in silence, or a UserError that names the place; no other ex
 tests/test_bad_bytes.py holds a few hundred cases of each reader to it, and says each mended defect as an example.
 
 Why not coverage-guided (atheris): most of the work of a reader here is done by C libraries that such a guide cannot
-see into, and cases that are made from whole files reach the lines of the readers as it is (--coverage shows which).
+see into, and cases that are made from whole files reach the lines of the readers as it is (docs/reliability.md).
 """
