@@ -126,7 +126,7 @@ def interval(value: Any, percent: bool = False) -> str:
             return ""
         bounds = [interval(value[key], percent) for key in ("low", "high") if value.get(key) is not None]
         return interval(value["mean"], percent) + (f" [{', '.join(bounds)}]" if bounds else "")
-    is_share = percent and isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_share = percent and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
     return f"{100 * value:.1f} %" if is_share else _short(value)
 
 

@@ -91,13 +91,7 @@ def load_causal_lm(folder: str | Path) -> PreTrainedModel:
 
 def load_reward_model(folder: str | Path) -> PreTrainedModel:
     """A sequence classifier with one output, the scalar reward."""
-    model = _load(AutoModelForSequenceClassification, folder)
-    if model.config.num_labels != 1:
-        raise UserError(
-            f"{folder}: a reward model has one output, this one has {model.config.num_labels} "
-            f"({type(model).__name__}); give a checkpoint with num_labels = 1"
-        )
-    return model
+    return _load(AutoModelForSequenceClassification, folder, check=_check_one_output)
 
 
 def new_reward_model(folder: str | Path, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
@@ -215,11 +209,19 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
 
 
-def _load(auto: type, folder: str | Path, *, new_head: bool = False, **overrides: Any) -> PreTrainedModel:
+def _load(
+    auto: type,
+    folder: str | Path,
+    *,
+    new_head: bool = False,
+    check: Callable[[str | Path, PretrainedConfig], None] = lambda *_: None,
+    **overrides: Any,
+) -> PreTrainedModel:
     _check_there(folder)
     # Of a damaged config or file of weights the library raises nearly anything.
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code_allowed(), **overrides)
+        check(folder, config)
         _check_depth(Path(folder), config)
         model, found = auto.from_pretrained(
             folder,
@@ -244,6 +246,14 @@ def _load(auto: type, folder: str | Path, *, new_head: bool = False, **overrides
             "take a whole copy, or the config.json that belongs to these weights"
         )
     return without_dropout(model)
+
+
+def _check_one_output(folder: str | Path, config: PretrainedConfig) -> None:
+    if config.num_labels != 1:
+        raise UserError(
+            f"{folder}: a reward model has one output, this one has {config.num_labels} "
+            f"({', '.join(config.architectures or ['of no architecture'])}); give a checkpoint with num_labels = 1"
+        )
 
 
 def _check_there(folder: str | Path) -> None:

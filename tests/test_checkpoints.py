@@ -65,11 +65,10 @@ def test_pickled_weights_are_refused(folder):
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path, folder):
-    for name in ("nowhere", ""):
-        with pytest.raises(UserError, match="not a usable model"):
-            load_causal_lm(tmp_path / name)
-        with pytest.raises(UserError, match="no usable tokenizer"):
-            load_tokenizer(tmp_path / name)
+    with pytest.raises(UserError, match="not a usable model"):
+        load_causal_lm(tmp_path)
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        load_tokenizer(tmp_path)
     (folder / "model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(UserError, match="not a usable model"):
         load_causal_lm(folder)
