@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from rankwise.fingerprint import digest, file_digest
+from rankwise.json_text import whole_characters
 from rankwise.stored_lines import Line, Vote, annotator_of, names_of, read_line, records
 from rankwise.types import UserError
 from rankwise.verdicts import Question, Reply, said_of, values_of
@@ -151,8 +152,8 @@ class StoredJudge:
         if problems:
             raise _told(self.path, "lines that make no sense", problems)
         if annotator and annotator not in names:
-            known = ", ".join(sorted(name for name in names if name)) or "none"
-            raise UserError(f"{self.path}: no line of annotator {annotator!r}; found: {known}")
+            known = ", ".join(sorted(name[:60] for name in names if name)[:SHOWN]) or "none"
+            raise UserError(whole_characters(f"{self.path}: no line of annotator {annotator!r}; found: {known}"))
         if not self._votes and not self._rankings:
             raise UserError(f"{self.path}: no line gives a verdict; fill in column verdict (A, B or tie)")
 
@@ -210,4 +211,4 @@ def _as_json(vote: Vote) -> dict[str, Any]:
 
 def _told(path: Path, what: str, problems: Sequence[str]) -> UserError:
     rest = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-    return UserError("\n  ".join([f"{path}: {what}", *problems[:SHOWN], *rest]))
+    return UserError(whole_characters("\n  ".join([f"{path}: {what}", *problems[:SHOWN], *rest])))

@@ -78,7 +78,9 @@ def read_line(place: str, record: Mapping[str, Any]) -> Line | None:
     """A record as a line; None where nobody has answered it. ValueError says what is wrong with it."""
     for name, value in record.items():
         if isinstance(value, str) and value != json_text.whole_characters(value):
-            raise ValueError(f"column {name}: half a character (a lone surrogate, \\ud800 to \\udfff); mend the text")
+            raise ValueError(
+                f"column {name[:60]}: half a character (a lone surrogate, \\ud800 to \\udfff); mend the text"
+            )
     vote = _vote(place, record)
     if _given(record, "answers"):
         if vote.said or vote.value is not None:

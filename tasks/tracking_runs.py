@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
@@ -24,7 +23,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
 from rankwise.types import UserError
-from tasks import lineage, tracking_models, tracking_notes
+from tasks import lineage, tracking_models, tracking_notes, yaml_text
 from tasks.recipe import STAGES
 from tasks.tracking import home, without_password
 
@@ -238,8 +237,8 @@ class Recorder:
 def _params_file() -> dict[str, Any]:
     """What params.yaml says, nothing where there is none: a pipeline's page tells it, its stages check it."""
     path = Path("params.yaml")
-    with contextlib.suppress(OSError, yaml.YAMLError):
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError):
+        found = yaml_text.parse(path.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     return {}
 
