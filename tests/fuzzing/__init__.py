@@ -7,7 +7,7 @@
 A case is a name and a number: the number seeds what makes its files (fuzzing.trees and fuzzing.octets spoil files that
 are whole), so it is the same everywhere. The law (fuzzing.law) is one for all readers: a well-formed value of which
 nothing was dropped in silence, or a UserError that names the place; no other exception, no hang, no huge allocation.
-tests/test_bad_bytes.py holds a few hundred cases of each reader to it, and says each mended defect as an example.
+tests/test_bad_bytes.py holds a few dozen cases of each reader to it, tests/test_bad_files.py says what was mended.
 
 Why not coverage-guided (atheris): most of the work of a reader here is done by C libraries that such a guide cannot
 see into, and cases that are made from whole files reach the lines of the readers as it is (docs/reliability.md).
