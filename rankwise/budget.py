@@ -155,7 +155,7 @@ class Budget:
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter: SQLite quotes bytes of the file
             raise self._damaged(error) from error
 
     def _damaged(self, why: object) -> UserError:

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from rankwise.checkpoints import DTYPES, load_state, save_state
+from rankwise.json_text import whole_characters
 from rankwise.parallel import Processes, plain, receive
 from rankwise.rendering import TokenRow
 from rankwise.types import UserError
@@ -118,8 +119,8 @@ def load(
         raise UserError(header["error"])
     if other := differences(header["notes"]["identity"], identity):
         raise UserError(
-            f"{path}: the checkpoint is of another {'; of another '.join(other)}. Give back what it was made with to "
-            "continue it, or delete the file to begin anew"
+            f"{path}: the checkpoint is of another {whole_characters('; of another '.join(other))}. Give back what it "
+            "was made with to continue it, or delete the file to begin anew"
         )
     _check_shapes(path, header["shapes"], parameters)
     # Where the count of steps lives is the optimizer's choice: beside the weights if it is fused, else on the CPU.

@@ -46,7 +46,8 @@ class Store:
         self._db.close()
 
     def __len__(self) -> int:
-        return self._db.execute("SELECT count(*) FROM rows").fetchone()[0]
+        with self._told():
+            return self._db.execute("SELECT count(*) FROM rows").fetchone()[0]
 
     def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
         """The values of those keys that are there."""
@@ -84,7 +85,7 @@ class Store:
         """Trouble with the file (damaged, locked, disk full) as a message to the user."""
         try:
             yield
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter: SQLite quotes bytes of the file
             raise UserError(
                 f"{self.path}: not usable as a row store ({error}); if the disk is full, make room and run again; "
                 "if the file is damaged, move it away: its rows will be computed again"

@@ -124,7 +124,7 @@ def _from_cache(md5: str, aside: Path) -> bool:
     mend = "take it out of DVC's cache, and fetch it again: dvc pull"
     entries = json_text.read(listing, mend)
     with json_text.as_written(listing, mend):
-        files = [(_object(cache, entry["md5"]), _inside(aside, entry["relpath"])) for entry in entries]
+        files = [(_object(cache, _md5(entry["md5"])), _inside(aside, entry["relpath"])) for entry in entries]
     for source, target in files:
         if not source.is_file():
             return False
@@ -132,7 +132,9 @@ def _from_cache(md5: str, aside: Path) -> bool:
             target.parent.mkdir(parents=True, exist_ok=True)
             _link(source, target)
         except OSError as error:  # a file that is listed twice, or as a folder too; a disk that is full
-            raise UserError(f"{listing}: {target.name} cannot be put into {aside} ({error}); {mend}") from None
+            raise UserError(
+                f"{listing}: {target.name[:60]} cannot be put into {aside} ({error.strerror}); {mend}"
+            ) from None
     return True
 
 
@@ -141,6 +143,12 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # another file system
         shutil.copyfile(source, target)
+
+
+def _md5(text: str) -> str:
+    if not re.fullmatch("[0-9a-f]{3,32}", text):
+        raise ValueError(f"{text[:60]!r} is no md5")
+    return text
 
 
 def _inside(folder: Path, name: str) -> Path:

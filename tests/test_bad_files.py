@@ -254,6 +254,17 @@ def test_a_damaged_value_of_a_store_is_told_with_its_key(tmp_path, value):
             store.get_many(["k1"])
 
 
+def test_a_store_whose_own_text_is_damaged_is_told(tmp_path):
+    """SQLite quotes it in its error, which Python then cannot read."""
+    with Store(tmp_path / "s.sqlite") as store:
+        store.put_many({"k": 1})
+        store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    data = (tmp_path / "s.sqlite").read_bytes()
+    (tmp_path / "s.sqlite").write_bytes(data.replace(b"CREATE TABLE rows", b"CREATE TABL\xec rows"))
+    with pytest.raises(UserError, match=r"s\.sqlite: not usable as a row store"):
+        Store(tmp_path / "s.sqlite")
+
+
 # Verdicts ------------------------------------------------------------------------------------------------------------
 
 

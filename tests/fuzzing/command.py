@@ -55,7 +55,8 @@ def _replay(parser: argparse.ArgumentParser, words: str) -> int:
         for path in sorted(path for path in (Path(made) / "case").rglob("*") if path.is_file()):
             data = path.read_bytes()
             print(f"{path.name}: {len(data):,} bytes, {data[:200]!r}{' …' if len(data) > 200 else ''}")
-    print(f"{ending.kind} ({1000 * ending.seconds:.1f} ms)\n{ending.detail}")
+    detail = ending.detail.encode("utf-8", "backslashreplace").decode()
+    print(f"{ending.kind} ({1000 * ending.seconds:.1f} ms)\n{detail}")
     return 0 if ending.lawful else 1
 
 
