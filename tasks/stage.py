@@ -37,6 +37,7 @@ REBUILD = "rebuild it with the stage that makes it"
 P = TypeVar("P")
 # Outside every DVC output, so that nothing computed is lost when DVC clears an output before a run.
 HOME = tracking.home()
+LEAVING_S = 60.0  # for a step, a checkpoint, and a result that is being put in place
 FILE_CLOCK_S = 0.1  # a file's time may lag behind the clock by some milliseconds
 
 
@@ -309,18 +310,40 @@ def only_writer(name: str, paths: Any) -> Iterator[None]:
     with open(path, "a+", encoding="utf-8") as handle:
         # Ranks of one launch share the work: only the first takes the lock.
         if is_first_rank():
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                handle.seek(0)
-                raise UserError(
-                    f"stage {name} is already being run here by process {handle.read().strip() or '?'}; "
-                    "wait for it, or stop it, then run this again"
-                ) from None
+            _take(handle, name)
             handle.truncate(0)
-            handle.write(str(os.getpid()))
+            handle.write(f"{os.getpid()} {os.getppid()}" if "DVC_STAGE" in os.environ else str(os.getpid()))
             handle.flush()
         yield
+
+
+def _take(handle: TextIO, name: str) -> None:
+    """Lock a file; waits for a holder whose DVC has died, since it leaves by itself (_leave_with_parent)."""
+    told, until = False, time.monotonic() + LEAVING_S
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            holder, *parent = handle.read().split() or ["?"]
+        if not parent or not _is_orphan(holder, parent[0]) or time.monotonic() > until:
+            raise UserError(
+                f"stage {name} is already being run here by process {holder}; wait for it, or stop it, then run this "
+                "again"
+            )
+        if not told:
+            print(f"[{name}] process {holder}, of a run that was killed, is leaving; waiting for it", flush=True)
+            told = True
+        time.sleep(0.1)
+
+
+def _is_orphan(pid: str, parent: str) -> bool:
+    """Whether a process has lost its parent, or is gone itself; Linux alone can tell, and sends it SIGTERM then."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return sys.platform == "linux"
+    return stat.rpartition(")")[2].split()[1] != parent
 
 
 def _name_by_report(name: str, paths: Any) -> str:

@@ -95,6 +95,39 @@ def test_a_lock_dies_with_its_holder(project):
     assert project.run("sft").status == 0
 
 
+HOLDER = """
+import fcntl, os, sys, time
+with open(sys.argv[1], "a") as handle:
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    handle.write(f"{os.getpid()} {os.getppid() + int(sys.argv[2])}")
+    handle.flush()
+    print("held", flush=True)
+    time.sleep(1.0)
+"""
+
+
+@pytest.mark.parametrize("orphan", [True, False])
+def test_a_lock_is_waited_for_where_its_holder_is_leaving_and_only_then(tmp_path, monkeypatch, capsys, orphan):
+    """DVC was killed and run again at once: the stage that it left behind still writes its checkpoint."""
+    monkeypatch.setattr("tasks.stage.HOME", tmp_path)
+    monkeypatch.setenv("DVC_STAGE", "sft")
+    with only_writer("sft", object()):
+        [lock] = tmp_path.glob("locks/*")
+        assert lock.read_text().split() == [str(os.getpid()), str(os.getppid())]
+    lock.write_text("")
+    words = [sys.executable, "-c", HOLDER, str(lock), str(int(orphan))]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        if orphan:
+            with only_writer("sft", object()):
+                assert holder.wait(5) == 0
+            assert capsys.readouterr().out.count(f"process {holder.pid}, of a run that was killed, is leaving") == 1
+        else:
+            with pytest.raises(UserError, match=f"by process {holder.pid};"), only_writer("sft", object()):
+                pass
+            holder.terminate()
+
+
 def test_trees_that_share_what_outlives_a_run_do_not_refuse_each_other(tmp_path, monkeypatch):
     """RANKWISE_HOME for the trees of `dvc queue`: the same stage runs in each, on outputs of its own."""
     monkeypatch.setattr("tasks.stage.HOME", tmp_path / "home")
