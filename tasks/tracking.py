@@ -3,7 +3,8 @@
 A stage sends what it has to say, as lines of JSON, to a small process of its own (tasks.tracking_worker, the only
 module that imports MLflow). So a stage never pays MLflow's import (1.3 s), a slow or dead tracker never holds up a
 training step, and a stage that is killed outright still leaves a run marked KILLED, because the worker sees its
-pipe close. After the first failure there is one warning, then silence.
+pipe close. A server that goes away while a stage works is told the rest when it is back; after any other failure there
+is one warning, then silence.
 
     MLFLOW_TRACKING_URI       where runs go; unset: an SQLite store under .rankwise/mlflow, no server needed
     MLFLOW_EXPERIMENT_NAME    the experiment ("rankwise")
@@ -269,6 +270,8 @@ class _Worker:
             reply = json.loads(line)
             if "error" in reply:
                 self._fail(reply["error"])
+            elif "away" in reply:
+                self._say(f"MLflow is away ({without_password(reply['away'])}); what it is to be told is kept until it is back")
             else:
                 self._replies.put(reply)
         if "ended" not in reply:
@@ -279,14 +282,15 @@ class _Worker:
             return
         reason = without_password(reason)  # MLflow quotes the address
         self._dead, self.trouble = True, _with_mend(reason)
-        if self._warns:
-            print(
-                f"warning: MLflow is not recording this run ({reason}); results are not affected: "
-                "metrics and curves are in the report files",
-                file=sys.stderr,
-                flush=True,
-            )
+        self._say(
+            f"MLflow is not recording this run ({reason}); results are not affected: metrics and curves are in the "
+            "report files"
+        )
         self._replies.put(None)  # last: whoever waits for it goes on, and may end
+
+    def _say(self, text: str) -> None:
+        if self._warns:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def without_password(text: str) -> str:

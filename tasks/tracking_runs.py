@@ -23,7 +23,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
 from rankwise.types import UserError
-from tasks import lineage, tracking_models, tracking_notes, yaml_text
+from tasks import lineage, tracking_models, tracking_notes, tracking_processes, yaml_text
 from tasks.recipe import STAGES
 from tasks.tracking import home, without_password
 
@@ -60,6 +60,10 @@ class Recorder:
         self.parent = self._find_parent() if self.kind != "pipeline" else None
         self.copies = self.parent is not None and self.kind == "stage"  # of many points nobody could read the copies
         tags = self._tags(start["tags"])
+        if "backfilled" not in tags and (process := tracking_processes.name_of(os.getppid())):
+            tags[tracking_processes.TAG] = process
+            with contextlib.suppress(MlflowException):  # what others left is not worth this run
+                tracking_processes.end_those_of_the_dead(self.client, self.experiment, process)
         run = self.client.create_run(self.experiment, self.began, tags, self.name)
         self.run_id = run.info.run_id
         self._params(_flat((_pipeline_params() if self.kind == "pipeline" else {}) | start["params"]))
@@ -126,7 +130,8 @@ class Recorder:
         _retry(self.client.log_batch, self.run_id, tags=tags)
 
     def _do_note(self, message: dict[str, Any]) -> None:
-        self.text.append(message["text"])
+        if message["text"] not in self.text:  # a server that went away may be told twice
+            self.text.append(message["text"])
         self._write_note("RUNNING", int(time.time() * 1000))
 
     def _do_model(self, message: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The MLflow end of tasks.tracking: reads lines of JSON, writes runs. Not a stage; started by tasks.tracking.
 
 A process of its own, so that nothing of MLflow (its import, its retries, a hang, a crash) reaches a stage. The end
-of its input without an "end" line means that the stage was killed. The first failure is reported and ends it.
+of its input without an "end" line means that the stage was killed. A server that goes away while a stage works is
+waited for, and what it was to be told is kept; any other failure, or one at the end, is reported and ends the worker.
 """
 
 from __future__ import annotations
@@ -11,16 +12,20 @@ import json
 import logging
 import os
 import queue
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
+from functools import partial
 from typing import Any, TextIO
 from urllib.parse import unquote, urlsplit
 
 FLUSH_EVERY_S = 1.0
 BATCH = 1000  # MLflow's limit of metrics a request
+AWAY_S = 5.0  # between two tries at a server that is away
+KEPT = frozenset({"metrics", "file", "dataset", "table", "tags", "note"})  # messages that nobody waits for
 DEADLINE_S = 60.0  # after its stage is gone, a worker is gone too
 
 # Read by MLflow at import. DO_NOT_TRACK=1 would not stop its telemetry, "true" does.
@@ -45,7 +50,7 @@ def main() -> int:
     part_from_password(os.environ)
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what MLflow prints is not a reply
-    messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    messages = Inbox()
     threading.Thread(target=_read, args=(messages,), daemon=True).start()
     recorder = None
     try:
@@ -57,8 +62,7 @@ def main() -> int:
         _serve(recorder, messages, replies)
     except Exception as error:
         logging.exception("tracking stopped")
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        _reply({"error": reason[:300]}, replies)
+        _reply({"error": _reason(error)}, replies)
         if recorder is not None:
             recorder.give_up()
         return 1
@@ -89,7 +93,22 @@ def _recorder(start: dict[str, Any]) -> Any:
     return Recorder(start)
 
 
-def _serve(recorder: Any, messages: queue.Queue, replies: TextIO) -> None:
+class Inbox(queue.Queue):
+    """Messages as they come, None at the end, and whether somebody waits for one of them."""
+
+    awaited = 0
+
+    def _put(self, message: dict[str, Any] | None) -> None:
+        super()._put(message)
+        self.awaited += message is None or message["do"] not in KEPT
+
+    def _get(self) -> dict[str, Any] | None:
+        message = super()._get()
+        self.awaited -= message is None or message["do"] not in KEPT
+        return message
+
+
+def _serve(recorder: Any, messages: Inbox, replies: TextIO) -> None:
     pending: list[dict[str, Any]] = []
     while True:
         try:
@@ -102,18 +121,51 @@ def _serve(recorder: Any, messages: queue.Queue, replies: TextIO) -> None:
             pending.append(message)
             if sum(len(point["values"]) for point in pending) < BATCH:
                 continue
+        awaited = message["do"] not in (*KEPT, "flush")
         if pending:
-            recorder.metrics(pending)
+            _patiently(partial(recorder.metrics, pending), messages, replies, awaited=awaited)
             pending = []
         if message["do"] not in ("metrics", "flush"):
-            reply = recorder.handle(message)
+            reply = _patiently(partial(recorder.handle, message), messages, replies, awaited=awaited)
             if reply is not None:
                 _reply(reply, replies)
         if message["do"] == "end":
             return
 
 
-def _read(messages: queue.Queue) -> None:
+def _patiently(act: Callable[[], Any], messages: Inbox, replies: TextIO, *, awaited: bool) -> Any:
+    """Do it; where the server is away, again and again until it answers or somebody waits for us."""
+    told = False
+    while True:
+        try:
+            return act()
+        except Exception as error:
+            if awaited or not _is_away(error):
+                raise
+            if not told:
+                _reply({"away": _reason(error)}, replies)
+                told = True
+        until = time.monotonic() + AWAY_S
+        while not (awaited := messages.awaited > 0) and time.monotonic() < until:
+            time.sleep(0.1)
+
+
+def _is_away(error: BaseException | None) -> bool:
+    """Whether it is the trouble of a server that cannot be reached, or of a proxy that cannot reach it."""
+    while error is not None:
+        if type(error).__module__.startswith(("requests.", "urllib3.")):
+            return True
+        if re.search(r"API request to .* failed with (exception HTTPS?ConnectionPool|error code 50[234])", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _read(messages: Inbox) -> None:
     for line in sys.stdin:
         try:
             message = json.loads(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import pytest
 import yaml
 
 from rankwise.types import UserError
-from tasks import lineage, tracking, tracking_notes
+from tasks import lineage, tracking, tracking_notes, tracking_worker
 from tasks.tracking_worker import SETTINGS
 
 ROOT = Path(__file__).parent.parent
@@ -139,6 +141,66 @@ def test_a_dead_tracker_changes_nothing_and_costs_seconds(store, monkeypatch, ca
     assert "results are not affected" in told.err and told.out == ""
 
 
+class Away:
+    """A recorder whose server cannot be reached for so many tries."""
+
+    def __init__(self, tries: int):
+        self.tries, self.took = tries, []
+
+    def handle(self, message):
+        self._reach()
+        self.took.append(message["do"])
+        return {"ended": True} if message["do"] == "end" else None
+
+    def metrics(self, points):
+        self._reach()
+        self.took += [point["values"]["loss"] for point in points]
+
+    def _reach(self) -> None:
+        self.tries -= 1
+        if self.tries >= 0:
+            endpoint = "API request to http://m:1/api/2.0/mlflow/runs/log-batch failed with exception"
+            raise RuntimeError(f"{endpoint} HTTPConnectionPool(host='m', port=1): Max retries exceeded")
+
+
+def test_a_server_that_goes_away_and_comes_back_is_told_all_in_its_order(monkeypatch):
+    monkeypatch.setattr(tracking_worker, "AWAY_S", 0.05)
+    monkeypatch.setattr(tracking_worker, "FLUSH_EVERY_S", 0.05)
+    recorder, inbox, replies = Away(3), tracking_worker.Inbox(), io.StringIO()
+    serving = threading.Thread(target=tracking_worker._serve, args=(recorder, inbox, replies))
+    serving.start()
+    inbox.put({"do": "metrics", "values": {"loss": 3.0}})
+    inbox.put({"do": "tags", "tags": {}})
+    inbox.put({"do": "metrics", "values": {"loss": 2.0}})
+    deadline = time.monotonic() + 30
+    while recorder.tries > -3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    inbox.put({"do": "end", "status": "FINISHED"})
+    serving.join(30)
+    assert recorder.took == [3.0, "tags", 2.0, "end"]
+    told = [json.loads(line) for line in replies.getvalue().splitlines()]
+    assert [list(one) for one in told] == [["away"], ["ended"]], "told of once"
+
+
+@pytest.mark.parametrize("message", ["run", "end", None])
+def test_nobody_who_waits_for_an_answer_waits_for_a_server_that_is_away(message):
+    recorder, inbox = Away(1000), tracking_worker.Inbox()
+    inbox.put({"do": "metrics", "values": {"loss": 3.0}})
+    inbox.put({"do": message} if message else None)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="HTTPConnectionPool"):
+        tracking_worker._serve(recorder, inbox, io.StringIO())
+    assert time.monotonic() - began < 3 and recorder.took == []
+
+
+def test_only_a_server_that_is_away_is_tried_again(monkeypatch):
+    recorder, inbox = Away(0), tracking_worker.Inbox()
+    monkeypatch.setattr(recorder, "metrics", lambda points: 1 / 0)
+    inbox.put({"do": "metrics", "values": {"loss": 3.0}})
+    with pytest.raises(ZeroDivisionError):
+        tracking_worker._serve(recorder, inbox, io.StringIO())
+
+
 def test_a_server_that_never_answers_costs_seconds(store, monkeypatch, capfd):
     monkeypatch.setattr(tracking, "PATIENCE_S", 1.0)
     monkeypatch.setattr(tracking, "PATIENCE_STOPPED_S", 1.0)
@@ -191,6 +253,48 @@ def test_a_killed_stage_is_not_left_running(store):
         time.sleep(0.1)
     run = runs(store)["dpo"]
     assert run.info.status == "KILLED" and run.data.metrics == {"loss": 2.0}
+
+
+def test_a_run_whose_stage_and_worker_died_at_once_is_ended_by_the_next_one_and_a_living_one_is_not(store):
+    """kill -9 of a whole container: nobody is left to say how its run ended."""
+    code = (
+        "import os, sys, time; from tasks import tracking\n"
+        "with tracking.stage_run(sys.argv[1], {}) as t:\n"
+        "    print(t.run_id, t._worker._process.pid, flush=True); time.sleep(60)"
+    )
+    start = lambda name: subprocess.Popen([sys.executable, "-c", code, name], stdout=subprocess.PIPE, text=True)
+    with start("dead") as dead, start("living") as living:
+        worker = int(dead.stdout.readline().split()[1])
+        assert living.stdout.readline()
+        for pid in (worker, dead.pid):
+            os.kill(pid, signal.SIGKILL)
+        dead.wait()
+        assert runs(store)["dead"].info.status == "RUNNING"
+        with tracking.stage_run("next", {}):
+            pass
+        found = {name: run.info.status for name, run in runs(store).items()}
+        living.kill()
+    assert found == {"dead": "KILLED", "living": "RUNNING", "next": "FINISHED"}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "gone"),
+    [
+        ("here boot/1 PID BEGAN", False),
+        ("here boot/1 PID 1", True),  # the number is another process's now
+        ("here boot/1 4194305 1", True),
+        ("here earlier/1 PID BEGAN", True),
+        ("here boot/2 4194305 1", False),  # of another container: it cannot be seen from here
+    ],
+)
+def test_a_process_is_gone_only_where_that_can_be_seen(theirs, gone, monkeypatch):
+    from tasks import tracking_processes
+
+    host, place, pid, began = tracking_processes.name_of(os.getpid()).split()
+    names = {"here": host, "boot/1": place, "PID": pid, "BEGAN": began}
+    names |= {"earlier/1": f"earlier/{place.partition('/')[2]}", "boot/2": f"{place.partition('/')[0]}/2"}
+    told = " ".join(names.get(part, part) for part in theirs.split())
+    assert tracking_processes._is_gone(told, tracking_processes.name_of(os.getpid())) is gone
 
 
 def test_two_first_stages_at_once_share_a_fresh_store(fresh):
