@@ -406,7 +406,9 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
             seconds = float(headers[name]) / unit
             return seconds if 0 < seconds < math.inf else None
     with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
-        return max(0.0, email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+        read = lambda text: email.utils.parsedate_to_datetime(text).timestamp()
+        now = read(headers["date"]) if "date" in headers else time.time()  # by its own clock: ours may be hours off
+        return max(0.0, read(headers["retry-after"]) - now)
     return None
 
 

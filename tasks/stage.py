@@ -38,7 +38,6 @@ P = TypeVar("P")
 # Outside every DVC output, so that nothing computed is lost when DVC clears an output before a run.
 HOME = tracking.home()
 LEAVING_S = 60.0  # for a step, a checkpoint, and a result that is being put in place
-FILE_CLOCK_S = 0.1  # a file's time may lag behind the clock by some milliseconds
 
 
 class Stopped(BaseException):
@@ -62,13 +61,14 @@ class Stage:
         self.round = round_  # 1 is the first, and stands for the only one too
         # Ranks of one launch compute alike; only the first writes what a stage leaves, the others write aside.
         self.report = report if report is None or is_first_rank() else Path(tempfile.mkdtemp(prefix=f"{name}-rank-"))
-        self._began = time.time()
         self.timings: dict[str, float] = {}
         self._curves: list[dict[str, float]] = []
         self._training: TextIO | None = None  # the lock of its checkpoints
         if self.report is not None:
             # Made even where nothing is drawn (an untrained reward model): DVC wants every declared output to exist.
             self.plots.mkdir(parents=True, exist_ok=True)
+        # Not told by their times: a clock may be set back while a stage runs.
+        self._earlier = {} if self.report is None else {path: _version(path) for path in self.plots.glob("*")}
 
     def log(self, text: str) -> None:
         if is_first_rank():
@@ -104,8 +104,8 @@ class Stage:
         assert self.report is not None, f"stage {self.name} declares no report path"
         if self._curves:
             _write_csv(self.plots / "curves.csv", self._curves)
-        for path in (self.report / "plots").glob("*"):
-            if path.stat().st_mtime < self._began - FILE_CLOCK_S:  # of an earlier run, which drew other things
+        for path in self.plots.glob("*"):
+            if self._earlier.get(path) == _version(path):  # of an earlier run, which drew other things
                 path.unlink()
         write_json(self.report / "metrics.json", metrics)
         self.tracker.metrics(_flat_numbers(metrics), step=None)
@@ -144,6 +144,12 @@ class Stage:
                 ) from None
         path.mkdir(exist_ok=True)
         return path
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """What changes when a file is written."""
+    about = path.stat()
+    return about.st_ino, about.st_mtime_ns
 
 
 def is_first_rank() -> bool:

@@ -271,7 +271,8 @@ class _Worker:
             if "error" in reply:
                 self._fail(reply["error"])
             elif "away" in reply:
-                self._say(f"MLflow is away ({without_password(reply['away'])}); what it is to be told is kept until it is back")
+                why = without_password(reply["away"])
+                self._say(f"MLflow is away ({why}); what it is to be told is kept until it is back")
             else:
                 self._replies.put(reply)
         if "ended" not in reply:

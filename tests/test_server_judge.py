@@ -241,6 +241,7 @@ def test_retry_after_is_read_as_seconds_milliseconds_or_a_date():
     read = client_module._retry_after_s
     assert [read({"retry-after": text}) for text in ("7", "0.25", "soon", "nan", "0")] == [7, 0.25, None, None, None]
     assert read({"retry-after-ms": "1500", "retry-after": "9"}) == 1.5 and read({}) is None
+    assert read({"retry-after": date(7230), "date": date(7200)}) == 30, "of a server whose clock is two hours ahead"
     assert read({"retry-after": date(30)}) == pytest.approx(30, abs=2) and read({"retry-after": date(-30)}) == 0
     assert all(7 <= client_module._pause_s(0, 7) <= 7 * 1.25 for _ in range(20))
 

@@ -175,6 +175,22 @@ def test_an_unknown_option_is_refused(project):
     assert told.status == 2 and "unrecognized arguments: --beta 0.3" in told.err and "Traceback" not in told.err
 
 
+@pytest.mark.parametrize("hours", [-3, 3])
+def test_a_clock_that_is_set_takes_no_plot_away_and_leaves_none_of_an_earlier_run(tmp_path, hours):
+    """The stage begins; the clock is set by hours; what it draws then has times of before, or long after, its start."""
+    plots = tmp_path / "reports/dpo/plots"
+    plots.mkdir(parents=True)
+    (plots / "margin.png").write_text("of an earlier run")
+    (plots / "loss.png").write_text("of an earlier run")
+    stage = Stage("dpo", tracker=Tracker(), report=plots.parent)
+    (plots / "loss.png").write_text("of this run")
+    (plots / "new.png").write_text("of this run")
+    for name in ("loss.png", "new.png"):
+        os.utime(plots / name, (time.time() + hours * 3600,) * 2)
+    stage.finish({})
+    assert sorted(path.name for path in plots.iterdir()) == ["loss.png", "new.png"]
+
+
 def test_seconds_are_kept_apart_from_results(project):
     assert project.timings("dpo")["seconds"] > 0
     assert "second" not in (project.root / "reports/dpo/metrics.json").read_text()
