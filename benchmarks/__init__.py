@@ -8,6 +8,8 @@ python -m benchmarks.loss_head    what does the vocabulary head alone cost, in t
 python -m benchmarks.attention    what does attention within prompt trees cost on a CPU
 python -m benchmarks.toy_world    do DPO and policy gradients end at the optimum that can be computed
 python -m benchmarks.judge_load   does a judge on a server bear faults, kills, a budget and many requests at once
+python -m benchmarks.chaos        is anything lost, wrong or done twice where processes are killed at any moment
+python -m benchmarks.faults       does a run bear full disks, servers that go away, a clock that jumps
 python -m benchmarks.overhead     what do MLflow, DVC and Prefect add to a stage, and MLflow to a training step
 
 Each runs ours and its peers' best settings alternately, in one go, on the same model and data, and refuses to time two

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,9 +70,9 @@ class Cost:
 
 
 class Copy:
-    """A copy of this checkout under git and DVC, with tiny params."""
+    """A copy of this checkout under git and DVC, with tiny params, or with the checkout's own."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, *, tiny: bool = True, overrides: Sequence[str] = ()):
         self.root = root
         listed = ("git", "ls-files", "--cached", "--others", "--exclude-standard")
         done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True)
@@ -90,11 +90,13 @@ class Copy:
         quiet = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "true", "DVC_NO_ANALYTICS": "1", "OMP_NUM_THREADS": "1"}
         author = {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
         self.environment = {**kept, **quiet, **author, "PATH": path, "PYTHONPATH": str(root)}
-        (root / "tiny.json").write_text(json.dumps(RECIPE), encoding="utf-8")  # JSON is YAML
         self.run("git", "init", "-q", ".")
-        self.run("python", "-m", "tasks.recipe", "tiny.json")
+        if tiny:
+            (root / "tiny.json").write_text(json.dumps(RECIPE), encoding="utf-8")  # JSON is YAML
+            changed = [word for one in overrides for word in ("--set", one)]
+            self.run("python", "-m", "tasks.recipe", "tiny.json", *changed)
         self.run("git", "add", "-A")
-        self.run("git", "commit", "-q", "-m", "tiny")
+        self.run("git", "commit", "-q", "-m", "as it is")
 
     def run(self, *words: str, **environment: str) -> Cost:
         """A command to its end; raises AssertionError with its last lines where it fails."""

@@ -96,6 +96,7 @@ class Judging:
 class FaultServer:
     """Dials, and then what was seen."""
 
+    port: int = 0  # on loopback; 0: a free one
     dialect: str = "vllm"  # "vllm" and "sglang" take token ids and give them; "text"; "ids": text out; "chat"
     faults: dict[str, float] = field(default_factory=dict)  # share of requests that meet each of FAULTS
     seed: int = 0  # of the faults
@@ -128,7 +129,7 @@ class FaultServer:
     def __enter__(self) -> FaultServer:
         self._lock, self._tries, self._not_before, self._at_once = threading.Lock(), Counter(), {}, 0
         handler = type("Handler", (_Handler,), {"owner": self})
-        self._http = _Http(("127.0.0.1", 0), handler)
+        self._http = _Http(("127.0.0.1", self.port), handler)
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
