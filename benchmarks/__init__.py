@@ -11,6 +11,7 @@ python -m benchmarks.judge_load   does a judge on a server bear faults, kills, a
 python -m benchmarks.chaos        is anything lost, wrong or done twice where processes are killed at any moment
 python -m benchmarks.faults       does a run bear full disks, servers that go away, a clock that jumps
 python -m benchmarks.overhead     what do MLflow, DVC and Prefect add to a stage, and MLflow to a training step
+python -m benchmarks.soak         does memory, or a row's time, grow with the tables of the default pipeline
 
 Each runs ours and its peers' best settings alternately, in one go, on the same model and data, and refuses to time two
 programs that do not compute the same thing. Every side works in a process of its own (benchmarks.worker), so that

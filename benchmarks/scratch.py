@@ -67,12 +67,18 @@ class Cost:
 
     wall_s: float
     cpu_s: float
+    peak_bytes: int = 0  # resident, of the largest of its processes
 
 
 class Copy:
-    """A copy of this checkout under git and DVC, with tiny params, or with the checkout's own."""
+    """A copy of this checkout under git and DVC.
 
-    def __init__(self, root: Path, *, tiny: bool = True, overrides: Sequence[str] = ()):
+    Args:
+        recipe: what of the default is changed; None: the checkout's own params.yaml.
+        overrides: "SECTION.KEY=VALUE", over the recipe.
+    """
+
+    def __init__(self, root: Path, recipe: dict | None = RECIPE, *, overrides: Sequence[str] = ()):
         self.root = root
         listed = ("git", "ls-files", "--cached", "--others", "--exclude-standard")
         done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True)
@@ -91,8 +97,8 @@ class Copy:
         author = {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
         self.environment = {**kept, **quiet, **author, "PATH": path, "PYTHONPATH": str(root)}
         self.run("git", "init", "-q", ".")
-        if tiny:
-            (root / "tiny.json").write_text(json.dumps(RECIPE), encoding="utf-8")  # JSON is YAML
+        if recipe is not None:
+            (root / "tiny.json").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
             changed = [word for one in overrides for word in ("--set", one)]
             self.run("python", "-m", "tasks.recipe", "tiny.json", *changed)
         self.run("git", "add", "-A")
@@ -123,13 +129,15 @@ class Copy:
             said = log.read()
         if child.returncode:
             raise AssertionError(f"{' '.join(words)} ended with status {child.returncode}:\n{said[-2000:]}")
-        return Cost(wall_s=wall_s, cpu_s=used.ru_utime + used.ru_stime), said
+        cpu_s = used.ru_utime + used.ru_stime
+        return Cost(wall_s=wall_s, cpu_s=cpu_s, peak_bytes=used.ru_maxrss * 1024), said
 
 
 @contextlib.contextmanager
-def scratch_copy() -> Iterator[Copy]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield Copy(Path(folder))
+def scratch_copy(recipe: dict | None = RECIPE, *, where: Path | None = None) -> Iterator[Copy]:
+    """A copy that is gone afterwards; where: the folder that it is made in, for what takes much room."""
+    with tempfile.TemporaryDirectory(dir=where) as folder:
+        yield Copy(Path(folder), recipe)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import yaml
 
 from benchmarks import ledger, report, witness
 from benchmarks.ledger import Ledger
-from benchmarks.scratch import Copy
+from benchmarks.scratch import RECIPE, Copy
 
 MADE = ("data", "models", "reports")
 
@@ -53,7 +53,7 @@ def made(folder: Path, name: str, *, tiny: bool, overrides: tuple[str, ...] = ()
     probe = folder / "witness"
     probe.mkdir(exist_ok=True)
     (probe / "sitecustomize.py").write_text(Path(witness.__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    copy = Copy(folder / name, tiny=tiny, overrides=overrides)
+    copy = Copy(folder / name, RECIPE if tiny else None, overrides=overrides)
     copy.environment["PYTHONPATH"] = os.pathsep.join([str(probe), copy.environment["PYTHONPATH"]])
     return copy
 

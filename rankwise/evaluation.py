@@ -6,10 +6,12 @@ All functions take plain numbers, one a prompt unless said otherwise, and know n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+
+from rankwise.seen import Distinct
 
 Z95 = 1.959963984540054  # two-sided 95 % of a normal
 # the same of Student's t, by degrees of freedom; beyond nine that of nine, which is a little too wide
@@ -93,13 +95,37 @@ def length_controlled_win_rate(
     return float(1 / (1 + np.exp(-weights[0])))
 
 
-def distinct_n(texts: Sequence[str], n: int, *, words: int | None = None) -> float:
+def distinct_n(texts: Iterable[str], n: int, *, words: int | None = None) -> float:
     """Different n-grams over all n-grams of whitespace words, pooled over texts; 1 is no repetition at all.
 
     The ratio falls as text gets longer, so compare sets cut to the same number of words a text.
     """
-    grams = [tuple(parts[i : i + n]) for parts in (t.split()[:words] for t in texts) for i in range(len(parts) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
+    counted = NGrams(n, words=words)
+    for text in texts:
+        counted.add(text)
+    return counted.distinct
+
+
+class NGrams:
+    """distinct_n of texts that come one by one.
+
+    Args:
+        words: of each text, the first so many; None: all.
+    """
+
+    def __init__(self, n: int, *, words: int | None = None):
+        self._n, self._words, self._count, self._different = n, words, 0, Distinct()
+
+    def add(self, text: str) -> None:
+        parts = text.split()[: self._words]
+        for start in range(len(parts) - self._n + 1):
+            self._count += 1
+            self._different.add(tuple(parts[start : start + self._n]))
+
+    @property
+    def distinct(self) -> float:
+        """Different n-grams over all of them."""
+        return len(self._different) / self._count if self._count else 0.0
 
 
 def objective(reward: float, kl: float, beta: float) -> float:

@@ -60,6 +60,10 @@ class EmbeddedEngine:
             "precision": self.precision,
         }
 
+    def close(self) -> None:
+        """Let the model go."""
+        self._model = None
+
     def answers(self, wanted: Sequence[Wanted]) -> Iterator[tuple[int, list[Sampled]]]:
         tokenizer = load_tokenizer(self.folder)
         if self._model is None:

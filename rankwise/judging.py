@@ -16,17 +16,20 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from rankwise.fingerprint import digest
 from rankwise.progress import Progress
+from rankwise.rows import RowTable
+from rankwise.seen import Seen
 from rankwise.store import Store
 from rankwise.types import Row, UserError
 from rankwise.verdicts import Question, Reply
 
 COMMIT_REPLIES = 64  # replies are put into the store by so many, which is what a kill loses at most …
 COMMIT_S = 1.0  # … or when one comes and the last time was so long ago, or none comes
+WINDOW_ROWS = 4096  # rows in memory with what is asked about them and replied
 READ_TOGETHER = 500  # raw replies taken from the store at once
 
 
@@ -59,7 +62,29 @@ class Judge(Protocol):
 def judge_rows(
     judge: Judge, rows: Sequence[Row], store: Store, *, what: str = "verdicts", pairs_up_to: int = 4
 ) -> tuple[list[Reply], int]:
-    """Every reply that ranks the rows' answers, in order of the rows; and how many times the judge was asked now.
+    """Every reply of judged, in order of the rows; and how many times the judge was asked now."""
+    asked = Asked()
+    told = judged(judge, rows, store, asked, what=what, pairs_up_to=pairs_up_to)
+    return [reply for _, replies in told for reply in replies], asked.now
+
+
+@dataclass(kw_only=True)
+class Asked:
+    """How many times a judge was asked, not counting what the store knew."""
+
+    now: int = 0
+
+
+def judged(
+    judge: Judge,
+    rows: RowTable | Sequence[Row],
+    store: Store,
+    asked: Asked,
+    *,
+    what: str = "verdicts",
+    pairs_up_to: int = 4,
+) -> Iterator[tuple[Row, list[Reply]]]:
+    """Each row with every reply that ranks its answers, in order of the rows, of which WINDOW_ROWS are in memory.
 
     Raw replies are kept as they come, under key_of: killed anywhere, a rerun asks only what is missing. One that cannot
     be read is asked for again, up to judge.attempts times in all; after that it stays without values.
@@ -70,19 +95,23 @@ def judge_rows(
 
     Raises UserError where a reply is no finite number, and what the judge raises.
     """
-    paid: set[str] = set()
-    first = [first_questions(row, judge, pairs_up_to=pairs_up_to) for row in rows]
-    replies, asked = _by_row(judge, first, store, what, paid)
-    second = [questions_of_the_best(row, mine, pairs_up_to=pairs_up_to) for row, mine in zip(rows, replies)]
-    if any(second):
-        more, again = _by_row(judge, second, store, f"{what} on the best {pairs_up_to}", paid)
-        replies = [[*mine, *others] for mine, others in zip(replies, more)]
-        asked += again
-    return [reply for mine in replies for reply in mine], asked
+    paid, left, number = Seen(), iter(rows), 0
+    while window := list(itertools.islice(left, WINDOW_ROWS)):
+        several = len(rows) > WINDOW_ROWS
+        name = f"{what}, rows {number + 1} to {number + len(window)} of {len(rows)}" if several else what
+        number += len(window)
+        first = [first_questions(row, judge, pairs_up_to=pairs_up_to) for row in window]
+        replies, now = _by_row(judge, first, store, name, paid)
+        second = [questions_of_the_best(row, mine, pairs_up_to=pairs_up_to) for row, mine in zip(window, replies)]
+        if any(second):
+            more, again = _by_row(judge, second, store, f"{name} on the best {pairs_up_to}", paid)
+            replies, now = [[*mine, *others] for mine, others in zip(replies, more)], now + again
+        asked.now += now
+        yield from zip(window, replies)
 
 
 def ask_all(
-    judge: Judge, questions: Sequence[Question], store: Store, *, what: str = "verdicts", paid: set[str] | None = None
+    judge: Judge, questions: Sequence[Question], store: Store, *, what: str = "verdicts", paid: Seen | None = None
 ) -> tuple[list[Reply], int]:
     """A reply to each question, in their order; and how many times the judge was asked now. Kept as judge_rows says.
 
@@ -91,7 +120,7 @@ def ask_all(
 
     Raises what judge_rows raises.
     """
-    paid = set() if paid is None else paid
+    paid = Seen() if paid is None else paid
     replies: list[Reply | None] = [None] * len(questions)
     waiting, asked = list(range(len(questions))), 0
     for attempt in range(judge.attempts):
@@ -103,8 +132,7 @@ def ask_all(
             found = store.get_many({keys[n] for n in part})
             for n in part:
                 reply = judge.read(current[n], found[keys[n]])
-                replies[n] = _with_costs(reply, replies[n], free=keys[n] in paid)
-                paid.add(keys[n])
+                replies[n] = _with_costs(reply, replies[n], free=not paid.add(keys[n]))
         waiting = [n for n in waiting if replies[n].values is None]
         if not waiting:
             break
@@ -145,7 +173,7 @@ def key_of(judge_identity: str, question: Question) -> str:
 
 
 def _by_row(
-    judge: Judge, questions: Sequence[Sequence[Question]], store: Store, what: str, paid: set[str]
+    judge: Judge, questions: Sequence[Sequence[Question]], store: Store, what: str, paid: Seen
 ) -> tuple[list[list[Reply]], int]:
     """ask_all for the questions of each row."""
     replies, asked = ask_all(judge, [question for mine in questions for question in mine], store, what=what, paid=paid)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +23,15 @@ from rankwise.fingerprint import digest, sampled_from, tokenizer_digest, weights
 from rankwise.parallel import Processes, processes
 from rankwise.progress import Progress
 from rankwise.rendering import Renderer
+from rankwise.rows import RowTable
 from rankwise.sampling import Engine, Sampled, Sampling, Wanted, seed_of
 from rankwise.store import Store
 from rankwise.types import Answer, Row, Unavailable, UserError
 
 COMMIT_ROWS = 64  # finished rows are put into the store by so many …
 COMMIT_S = 1.0  # … or when one comes and the last time was so long ago; a kill loses those in between
-CHUNK_ROWS = 256  # rows in a message to the first process
+CHUNK_ROWS = 256  # rows in a message to the first process, or taken from the store at once
+WINDOW_ROWS = 8192  # prompts in memory; the shortest of them are begun first
 LOGP_DIGITS = 6  # decimals of a log-probability that are kept: a millionth of a nat is below any rounding of a model
 
 
@@ -50,47 +53,79 @@ class Request:
     batch_sequences: int = 256  # answers that the embedded engine decodes together; no answer depends on it
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Work:
-    """What a call had to do."""
+    """What was to be done; complete once the rows are read."""
 
-    computed: int  # prompts answered now, by all processes
-    tokens_per_second: float  # of all processes together; 0 when nothing was computed
+    computed: int = 0  # prompts answered now, by all processes
+    tokens_per_second: float = 0.0  # of all processes together; 0 when nothing was computed
 
 
 def sample_rows(
     prompts: Sequence[Row], request: Request, store: Store, *, engine: Engine | None = None
 ) -> tuple[list[Row], Work]:
+    """All rows of sampled at once."""
+    work = Work()
+    return list(sampled(prompts, request, store, work, engine=engine)), work
+
+
+def sampled(
+    prompts: RowTable | Sequence[Row], request: Request, store: Store, work: Work, *, engine: Engine | None = None
+) -> Iterator[Row]:
     """Rows with K unranked answers each, in the prompts' order; killed anywhere, a rerun asks for the rest only.
 
-    Several processes share the work, each with the store of its machine. The first gets all rows, the others none.
+    Prompts are answered WINDOW_ROWS at a time, and no more of them are in memory. Several processes share the work,
+    each with the store of its machine. The first gets all rows; the others none, and have to ask for them all the same.
 
     Args:
         engine: what answers; the request's own where none is given.
 
-    Raises UserError where prompts cannot be answered, after all others were and are kept.
+    Raises UserError where prompts cannot be answered, after all others of their window were and are kept.
     """
-    here, engine = processes(), engine or engine_of(request)
-    renderer = None
+    here = processes()
+    _same_for_all(str(len(prompts)), here)
+    renderer, weights = None, None
     if request.folder is not None:
         renderer = Renderer(load_tokenizer(request.folder), max_prompt_tokens=request.max_prompt_tokens)
-    wanted = [_wanted(row, renderer, request) for row in prompts]
-    identity = engine.identity()
-    keys = [digest("rollout", identity, one.prompt_ids or _plain(one), one.seeds) for one in wanted]
-    missing = _missing(keys, wanted, store, here)
-    share = missing[here.rank :: here.count]
-    speed, trouble = _fill(store, engine, [keys[i] for i in share], [wanted[i] for i in share], request, here)
-    here.meet()
-    _raise(trouble, here)
-    _collect(keys, store, here)
-    work = Work(computed=len(missing), tokens_per_second=here.total(torch.tensor([speed])).item())
-    if not here.first:
-        return [], work
-    found, weights = store.get_many(keys), request.folder and weights_digest(request.folder)
-    rows = [
-        _row(row, one, found[key], renderer, request, weights=weights) for row, one, key in zip(prompts, wanted, keys)
-    ]
-    return rows, work
+        weights = weights_digest(request.folder)
+    tokens, seconds = 0, 0.0
+    with contextlib.ExitStack() as stack:
+        if engine is None:
+            engine = engine_of(request)
+            stack.callback(engine.close)
+        identity, rows = engine.identity(), iter(prompts)
+        while window := list(itertools.islice(rows, WINDOW_ROWS)):
+            wanted = [_wanted(row, renderer, request) for row in window]
+            keys = [digest("rollout", identity, one.prompt_ids or _plain(one), one.seeds) for one in wanted]
+            missing = _missing(keys, wanted, store, here)
+            mine = missing[here.rank :: here.count]
+            more, took, trouble = _fill(
+                store, engine, [keys[i] for i in mine], [wanted[i] for i in mine], request, here
+            )
+            here.meet()
+            _raise(trouble, here)
+            _collect(keys, store, here)
+            work.computed, tokens, seconds = work.computed + len(missing), tokens + more, seconds + took
+            if here.first:
+                yield from _answered(window, wanted, keys, store, renderer, request, weights)
+    speed = tokens / seconds if seconds else 0.0
+    work.tokens_per_second = here.total(torch.tensor([speed])).item()
+
+
+def _answered(
+    window: Sequence[Row],
+    wanted: Sequence[Wanted],
+    keys: Sequence[str],
+    store: Store,
+    renderer: Renderer | None,
+    request: Request,
+    weights: str | None,
+) -> Iterator[Row]:
+    for start in range(0, len(window), CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
+        found = store.get_many(keys[part])
+        for row, one, key in zip(window[part], wanted[part], keys[part]):
+            yield _row(row, one, found[key], renderer, request, weights=weights)
 
 
 def engine_of(request: Request) -> Engine:
@@ -107,12 +142,12 @@ def engine_of(request: Request) -> Engine:
     )
 
 
-def with_teacher(rows: Sequence[Row], taught: Sequence[Row], *, same_tokenizer: bool) -> list[Row]:
+def with_teacher(rows: Iterable[Row], taught: Iterable[Row], *, same_tokenizer: bool) -> Iterator[Row]:
     """Rows with the teacher's answers behind the policy's; ids of another tokenizer would be other words, and go."""
     kept = (lambda a: a) if same_tokenizer else (lambda a: replace(a, token_ids=None, logps=None))
-    return [
+    return (
         replace(row, answers=(*row.answers, *map(kept, other.answers))) for row, other in zip(rows, taught, strict=True)
-    ]
+    )
 
 
 def same_tokenizer(folder: Path, other: Path) -> bool:
@@ -140,24 +175,28 @@ def _length(wanted: Wanted) -> int:
 
 def _missing(keys: Sequence[str], wanted: Sequence[Wanted], store: Store, here: Processes) -> list[int]:
     """Prompts that no process of the launch has answers to, shortest first; all get the same list."""
-    here.meet()  # each may have read weights for minutes
-    asked = here.gather(torch.tensor([int(digest(keys)[:15], 16)]))
-    if len({int(one) for one in asked}) > 1:
-        raise UserError(
-            "the processes of this launch do not want the same answers: prompts, models or params differ between "
-            "their machines; copy data/prompts, the model's folder and params.yaml from the first one to the others"
-        )
+    _same_for_all(digest(keys), here)
     held = store.held(keys)
     known = here.total(torch.tensor([float(key in held) for key in keys])).tolist()
     return sorted((i for i, count in enumerate(known) if not count), key=lambda i: (_length(wanted[i]), i))
 
 
+def _same_for_all(identity: str, here: Processes) -> None:
+    here.meet()  # each may have read weights for minutes
+    asked = here.gather(torch.tensor([int(digest(identity)[:15], 16)]))
+    if len({int(one) for one in asked}) > 1:
+        raise UserError(
+            "the processes of this launch do not want the same answers: prompts, models or params differ between "
+            "their machines; copy data/prompts, the model's folder and params.yaml from the first one to the others"
+        )
+
+
 def _fill(
     store: Store, engine: Engine, keys: Sequence[str], wanted: Sequence[Wanted], request: Request, here: Processes
-) -> tuple[float, UserError | None]:
-    """Sample one process's share into its store; tokens a second, and what could not be answered."""
+) -> tuple[int, float, UserError | None]:
+    """Sample one process's share into its store; tokens, seconds, and what could not be answered."""
     if not wanted:
-        return 0.0, None
+        return 0, 0.0, None
     fresh: dict[str, Any] = {}
     began = committed = time.monotonic()
     tokens, trouble = 0, None
@@ -185,7 +224,7 @@ def _fill(
             trouble = error
         finally:
             commit()
-    return tokens / (time.monotonic() - began), trouble
+    return tokens, time.monotonic() - began, trouble
 
 
 def _kept(sampled: Sampled) -> dict[str, Any]:

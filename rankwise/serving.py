@@ -34,7 +34,7 @@ TAIL_LINES = 15  # of the log, in a message
 
 
 class ServedEngine:
-    """The server engine; where no server runs already, one is started for the answers and stopped after them.
+    """The server engine; where no server runs already, one is started for the first answers and runs until close.
 
     Args:
         folder: the model; None: only a server that runs knows it, as `name`.
@@ -46,6 +46,7 @@ class ServedEngine:
     def __init__(self, *, folder: Path | None, name: str | None, sampling: Sampling, prefix: str):
         self._folder, self._name, self._sampling, self._prefix = folder, name, sampling, prefix
         self._source = {"name": name} if folder is None else {"files": sampling_digests(folder)}
+        self._server, self._endpoint = contextlib.ExitStack(), None
 
     def identity(self) -> dict[str, Any]:
         return self._engine(Endpoint(url="")).identity()  # where the server is, is no part of it
@@ -57,12 +58,24 @@ class ServedEngine:
                 f"{self._name!r} is no folder that a server could be started for; set {self._prefix}_URL to one that "
                 "serves a model of this name (http://HOST:PORT/v1), or put the model's folder into data/source"
             )
-        with serving(self._folder or Path(), environment, prefix=self._prefix, log=log) as endpoint:
-            engine = self._engine(endpoint)
+        if self._endpoint is None:
+            opened = serving(self._folder or Path(), environment, prefix=self._prefix, log=log)
+            self._endpoint = self._server.enter_context(opened)
+        engine = self._engine(self._endpoint)
+        try:
             with contextlib.closing(engine.answers(wanted)) as answers:
                 for index, sampled in answers:
                     self.version = engine.version
                     yield index, sampled
+        except UserError:
+            self._endpoint = None
+            with self._server:  # which tells what became of the server
+                raise
+
+    def close(self) -> None:
+        """Stop the server that was started."""
+        self._endpoint = None
+        self._server.close()
 
     def _engine(self, endpoint: Endpoint) -> ServerEngine:
         known = self._folder is not None

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class StoredJudge:
     def __init__(self, path: Path, *, annotator: str = ""):
         self.path = Path(path)
         self.name = annotator or self.path.name.split(".")[0]
+        self._noticed: set[str] = set()  # names of questions that the file speaks of
         self._votes: dict[str, list[Vote]] = defaultdict(list)  # on pairs, by the name of the question
         self._rankings: dict[str, list[Line]] = defaultdict(list)  # by the name of the prompt
         self._read(annotator)
@@ -90,14 +91,16 @@ class StoredJudge:
             orderless=all(vote["orderless"] for vote in votes),
         )
 
-    def idle(self, questions: Iterable[Question]) -> tuple[int, int]:
-        """(lines that speak of none of these questions, all lines); many are a sign of a file on other texts."""
-        spoken: set[str] = set()
-        for question in questions:
-            for texts in (question.answers, question.answers[::-1], ()):
-                spoken.update(names_of(question, texts))
+    def notice(self, question: Question) -> None:
+        """A question that idle is to know of."""
+        for texts in (question.answers, question.answers[::-1], ()):
+            named = names_of(question, texts)
+            self._noticed.update(name for name in named if name in self._votes or name in self._rankings)
+
+    def idle(self) -> tuple[int, int]:
+        """(lines that speak of none of the questions noticed, all lines); many are a sign of a file on other texts."""
         sizes = {name: len(lines) for found in (self._votes, self._rankings) for name, lines in found.items()}
-        return sum(size for name, size in sizes.items() if name not in spoken), sum(sizes.values())
+        return sum(size for name, size in sizes.items() if name not in self._noticed), sum(sizes.values())
 
     def _found(self, question: Question) -> list[Vote]:
         """What the file says to a question."""

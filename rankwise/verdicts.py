@@ -7,19 +7,23 @@ differs from run to run: no seconds, and of answers shown again (copies of a row
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from rankwise.arrow_rows import values
 from rankwise.fingerprint import digest
-from rankwise.rows import read_table, write_table
-from rankwise.table_checks import REBUILD, conform
+from rankwise.rows import read_parts, readable, table_writer
+from rankwise.table_checks import REBUILD
 from rankwise.types import Message, Row, UserError
 
 LOG3 = math.log(3)  # log-odds of one verdict without probabilities: Anscombe's empirical logit, log((1 + ½) / (0 + ½))
+PART = 1024  # verdicts written at once
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # what answers are called, in the order shown
 SCHEMA = pa.schema(
     [
@@ -166,49 +170,84 @@ def verdict_of(judge: str, identity: str, reply: Reply) -> Verdict:
 
 def write_verdicts(path: Path, replies: Iterable[tuple[str, str, Reply]]) -> int:
     """Write (judge's name, its identity, reply) as one table, sorted by row id, else in the order given; how many."""
-    ordered = sorted(replies, key=lambda told: told[2].question.row_id)
-    records = [asdict(verdict_of(*told)) for told in ordered]
-    write_table(path, pa.Table.from_pylist(records, schema=SCHEMA))
-    return len(ordered)
+    told = (verdict_of(*one) for one in replies)
+    with table_writer(path, SCHEMA, key="row_id") as table:
+        while part := list(itertools.islice(told, PART)):
+            columns = [pa.array([getattr(one, field.name) for one in part], field.type) for field in SCHEMA]
+            table.add(pa.Table.from_arrays(columns, schema=SCHEMA))
+    return table.rows
 
 
 def read_verdicts(path: Path, rows: Mapping[str, Row] | None = None) -> dict[str, list[Verdict]]:
-    """The verdicts on each row, by row id.
+    """All verdicts on each row at once, by row id; joined is for tables that may be large.
 
     Args:
         rows: by id, the rows that were judged: each verdict has to be on texts that stand there, place by place.
 
     Raises UserError where the file is missing, is no such table, or speaks of other texts than rows hold.
     """
-    table = read_table(path)
-    if missing := [name for name in SCHEMA.names if name not in table.column_names]:
-        raise UserError(
-            f"{path}: columns {missing} are missing (found {table.column_names}); this is no table of verdicts: "
-            "rebuild it with the stage verdicts"
-        )
     found: dict[str, list[Verdict]] = {}
-    for record in conform(path, table, SCHEMA, may_be_null={"values"}).to_pylist():
-        values = None if record["values"] is None else tuple(record["values"])
-        verdict = Verdict(**{**record, "shown": tuple(record["shown"]), "values": values})
-        if values is not None and not (len(values) == len(verdict.shown) and all(map(math.isfinite, values))):
-            raise UserError(
-                f"{path}: row {verdict.row_id!r}, a verdict of {verdict.judge}: {len(verdict.shown)} finite values "
-                f"were expected, found {[*values]}: {REBUILD}"
-            )
-        if rows is not None and (why := _foreign(verdict, rows)):
-            raise UserError(
-                f"{path}: row {verdict.row_id!r}, a verdict of {verdict.judge}: {why}; the tables do not belong "
-                "together: run the stage verdicts again on these rows, or name the rows that were judged"
-            )
+    for verdict in _verdicts(path):
+        if rows is not None:
+            _check(verdict, rows.get(verdict.row_id), path)
         found.setdefault(verdict.row_id, []).append(verdict)
     return found
 
 
-def _foreign(verdict: Verdict, rows: Mapping[str, Row]) -> str:
-    """Why the verdict is not on one of these rows; "" where it is."""
-    if verdict.row_id not in rows:
+def joined(path: Path, rows: Iterable[Row]) -> Iterator[tuple[Row, list[Verdict]]]:
+    """Each of the rows that were judged, which are sorted by id as the table is, with the verdicts on it.
+
+    Raises what read_verdicts raises.
+    """
+    by_row = itertools.groupby(_verdicts(path), key=lambda verdict: verdict.row_id)
+    row_id, verdicts = next(by_row, (None, ()))
+    for row in rows:
+        if row_id is not None and row_id < row.id:
+            break
+        mine = []
+        if row_id == row.id:
+            mine = list(verdicts)
+            for verdict in mine:
+                _check(verdict, row, path)
+            row_id, verdicts = next(by_row, (None, ()))
+        yield row, mine
+    if row_id is not None:
+        _check(next(iter(verdicts)), None, path)
+
+
+def _verdicts(path: Path) -> Iterator[Verdict]:
+    with readable(path):
+        names = pq.read_schema(path).names
+    if missing := [name for name in SCHEMA.names if name not in names]:
+        raise UserError(
+            f"{path}: columns {missing} are missing (found {names}); this is no table of verdicts: "
+            "rebuild it with the stage verdicts"
+        )
+    for part in read_parts(path, SCHEMA, may_be_null={"values"}):
+        for record in zip(*(values(part.column(name)) for name in SCHEMA.names)):
+            fields = dict(zip(SCHEMA.names, record))
+            known = None if fields["values"] is None else tuple(fields["values"])
+            verdict = Verdict(**{**fields, "shown": tuple(fields["shown"]), "values": known})
+            if known is not None and not (len(known) == len(verdict.shown) and all(map(math.isfinite, known))):
+                raise UserError(
+                    f"{path}: row {verdict.row_id!r}, a verdict of {verdict.judge}: {len(verdict.shown)} finite values "
+                    f"were expected, found {[*known]}: {REBUILD}"
+                )
+            yield verdict
+
+
+def _check(verdict: Verdict, row: Row | None, path: Path) -> None:
+    if why := _foreign(verdict, row):
+        raise UserError(
+            f"{path}: row {verdict.row_id!r}, a verdict of {verdict.judge}: {why}; the tables do not belong "
+            "together: run the stage verdicts again on these rows, or name the rows that were judged"
+        )
+
+
+def _foreign(verdict: Verdict, row: Row | None) -> str:
+    """Why the verdict is not on this row; "" where it is."""
+    if row is None:
         return "no row has this id"
-    row = rows[verdict.row_id]
     if not all(0 <= place < len(row.answers) for place in verdict.shown):
         return f"it is on places {[*verdict.shown]}, and the row has {len(row.answers)} answers"
     if verdict.texts != texts_digest(row.prompt, [row.answers[place].text for place in verdict.shown]):

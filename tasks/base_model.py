@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankwise.rows import read_rows
+from rankwise.rows import RowTable
 from rankwise.runtime import remote_code_allowed
 from rankwise.types import UserError, show_prompt
 from tasks.params import below, param
@@ -99,8 +99,8 @@ def _embedded(params: Params, texts: Path) -> tuple:
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    rows = read_rows(texts)
-    if not rows:
+    rows = RowTable(texts)
+    if not len(rows):
         raise UserError(f"{texts}: no text to train the embedded tokenizer on; set prompts.source or base_model.source")
     tokenizer = _tokenizer((show_prompt(row.prompt) + row.answers[0].text for row in rows), params.embedded)
     spec = params.embedded

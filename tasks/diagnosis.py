@@ -80,7 +80,8 @@ def _trained(params: Params, training: dpo.Params, paths: Paths) -> tuple[Scored
             "of other tokens and no change can be told from them; run stage dpo again (dvc repro dpo)"
         )
     soft = training.loss == "soft_plackett_luce"
-    scored = load(paths.preferences, paths.reference, paths.model, tokenizer, precision=training.precision, soft=soft)
+    tables = (paths.preferences, paths.reference, paths.model)
+    scored = load(*tables, tokenizer, precision=training.precision, soft=soft, texts=True)
     if params.training_rows:
         some = sorted(scored.training, key=lambda row: digest("diagnosis", row.id))[: params.training_rows]
         scored = replace(scored, training=some)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from rankwise.json_text import as_written
 from rankwise.progress import Progress
-from rankwise.rows import read_rows, write_aside
-from rankwise.types import Row, UserError
-from tasks.findings import SHOWN, Finding, Limits, examine, shared_with_eval
+from rankwise.rows import RowTable, write_aside
+from rankwise.types import UserError
+from tasks.findings import Finding, Limits, examine, shared_with_eval
 from tasks.params import param
 from tasks.stage import Stage, main, read_json
 from tasks.tables import JUDGED, TABLES, TRAINED
@@ -88,7 +88,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
 
     renderer = Renderer(load_tokenizer(paths.base))
     facts = _tokenizer_facts(renderer.tokenizer, paths.base)
-    tables = {name: rows for name in TABLES if (rows := read_rows(paths.prompts / f"{name}.parquet"))}
+    tables = {name: rows for name in TABLES if len(rows := RowTable(paths.prompts / f"{name}.parquet"))}
     findings = _examine(tables, renderer, params, facts["context"])
     stops = [*_vocabulary_stop(facts), *_stops(findings, params.stop_above)]
 
@@ -128,7 +128,7 @@ def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase, base: Path) -> dict:
     }
 
 
-def _examine(tables: dict[str, list[Row]], renderer: Renderer, params: Params, context: int) -> Findings:
+def _examine(tables: dict[str, RowTable], renderer: Renderer, params: Params, context: int) -> Findings:
     # A judge has length limits of its own.
     policy = Limits(prompt=params.max_prompt_tokens, answer=params.max_answer_tokens, context=context)
     judge = Limits(prompt=0, answer=0, context=0)
@@ -186,7 +186,7 @@ MENDS = {
 
 
 def _first(finding: Finding) -> str:
-    return f"; first rows: {', '.join(finding.ids[:SHOWN])}" if finding.ids else ""
+    return f"; first rows: {', '.join(finding.ids)}" if finding.ids else ""
 
 
 # Reporting -----------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def _page(facts: dict, findings: Findings, limits: Stops, stops: list[str], exam
         lines.append(f"| {name} | {cells} | {limit:g} |")
     lines += ["", "## First rows", ""]
     lines += [
-        f"- {name} in {table}: {', '.join(f'`{row}`' for row in finding.ids[:SHOWN])}"
+        f"- {name} in {table}: {', '.join(f'`{row}`' for row in finding.ids)}"
         for table in tables
         for name, finding in findings[table].items()
         if finding.ids
@@ -224,7 +224,7 @@ def _page(facts: dict, findings: Findings, limits: Stops, stops: list[str], exam
     return "\n".join(lines) + "\n"
 
 
-def _examples(tables: dict[str, list[Row]], renderer: Renderer) -> list[str]:
+def _examples(tables: dict[str, RowTable], renderer: Renderer) -> list[str]:
     lines = []
     for name in EXAMPLES:
         row = next((row for row in tables.get(name, []) if row.answers), None)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import insort
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankwise.agreement import pairs_of
 from rankwise.ranking import ROUNDING
@@ -82,42 +83,57 @@ class Comparison:
 
 
 def compare(
-    rows: Sequence[Row],
-    verdicts: Mapping[str, Sequence[Verdict]],
-    gold: Mapping[str, Sequence[Verdict]] | None = None,
-    *,
-    tie_below: float = 0.0,
+    row: Row, verdicts: Sequence[Verdict], gold: Sequence[Verdict] = (), *, tie_below: float = 0.0
 ) -> list[Comparison]:
-    """Every two answers that some reply says something of, in order of the rows, with the contradictions in each."""
-    found = []
-    for row in rows:
-        of_row = list(_pairs(row, verdicts.get(row.id, ()), (gold or {}).get(row.id, ()), tie_below))
-        _mark_invalid(of_row, verdicts.get(row.id, ()))
-        _mark_controls(row, of_row)
-        _mark_circles(of_row, tie_below)
-        _mark_neighbours(of_row, tie_below)
-        found += of_row
+    """Every two answers of a row that some reply says something of, with the contradictions in each."""
+    found = list(_pairs(row, verdicts, gold, tie_below))
+    _mark_invalid(found, verdicts)
+    _mark_controls(row, found)
+    _mark_circles(found, tie_below)
+    _mark_neighbours(found, tie_below)
     return found
 
 
-def choose(comparisons: Sequence[Comparison], limit: int) -> tuple[list[Comparison], dict[str, tuple[int, int]]]:
-    """Those to be looked at, most doubtful first; and of each kind how many are shown, and how many there are.
+class Chosen:
+    """Comparisons to be looked at, chosen as all of them pass: of each kind the limit most doubtful ones.
 
-    Of each kind the limit most doubtful ones, where gaps are concerned the smallest; and limit of all, drawn by a hash
-    of their names, which makes them the same ones at any time.
+    Where gaps are concerned these are the smallest; and limit of all, drawn by a hash of their names, which makes them
+    the same ones at any time. Only those are kept, each with whatever is added beside it.
     """
-    known = [one for one in comparisons if one.odds is not None]
-    neighbours = [one for one in known if one.neighbours]
-    for one in sorted(neighbours, key=lambda one: one.gap)[:limit]:
-        one.kinds["close"] = one.gap
-    for one in sorted(known, key=_lot)[:limit]:
-        one.kinds["random"] = 0.0
-    ordered = sorted(comparisons, key=lambda one: one.doubt)
-    chosen = {id(one) for kind in KINDS for one in [one for one in ordered if kind in one.kinds][:limit]}
-    shown = [one for one in ordered if id(one) in chosen]
-    totals = {kind: sum(kind in one.kinds for one in comparisons) for kind in KINDS}
-    totals |= {"close": len(neighbours), "random": len(known)}
-    return shown, {kind: (sum(kind in one.kinds for one in shown), total) for kind, total in totals.items() if total}
+
+    def __init__(self, limit: int):
+        self._limit, self._count = limit, 0
+        self._best: dict[str, list[tuple]] = {kind: [] for kind in KINDS}
+        self._totals: Counter[str] = Counter()
+
+    def add(self, one: Comparison, beside: Any = None) -> None:
+        self._count += 1
+        for kind in one.kinds:
+            self._offer(kind, one.doubt, one, beside)
+        if one.odds is not None:
+            self._offer("random", _lot(one), one, beside)
+            if one.neighbours:
+                self._offer("close", one.gap, one, beside)
+
+    def _offer(self, kind: str, key: Any, one: Comparison, beside: Any) -> None:
+        self._totals[kind] += 1
+        best = self._best[kind]
+        if len(best) == self._limit and best and not key < best[-1][0]:
+            return
+        insort(best, (key, self._count, one, beside))
+        del best[self._limit :]
+
+    def shown(self) -> tuple[list[tuple[Comparison, Any]], dict[str, tuple[int, int]]]:
+        """The chosen ones, most doubtful first, each with what stands beside it; and of each kind how many are shown,
+        and how many there are."""
+        for *_, one, _ in self._best["close"]:
+            one.kinds["close"] = one.gap
+        for *_, one, _ in self._best["random"]:
+            one.kinds["random"] = 0.0
+        chosen = {id(one): (one, beside) for best in self._best.values() for _, _, one, beside in best}
+        shown = sorted(chosen.values(), key=lambda told: told[0].doubt)
+        of_kind = lambda kind: sum(kind in one.kinds for one, _ in shown)
+        return shown, {kind: (of_kind(kind), self._totals[kind]) for kind in KINDS if self._totals[kind]}
 
 
 def about(comparison: Comparison, verdicts: Sequence[Verdict]) -> list[Verdict]:

@@ -1,4 +1,4 @@
-"""What the data doctor looks for: one table of rows in, one set of row ids a finding out.
+"""What the data doctor looks for: one table of rows in, a count and the first row ids of each finding out.
 
 Every check of tokens sees them through rankwise.rendering: they are the tokens of training. Findings count
 rows, except length_bias, which counts pairs.
@@ -6,13 +6,17 @@ rows, except length_bias, which counts pairs.
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING
 
+from rankwise.rows import RowTable
+from rankwise.seen import Seen
 from rankwise.types import Answer, Row, show_prompt
 from tasks.tables import keys
 
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rankwise.rendering import Renderer, TokenRow
+
+Rows = RowTable | Sequence[Row]
 
 SHOWN = 10  # row ids named with a finding
 
@@ -59,9 +65,15 @@ class Finding:
     """How often something was found in one table."""
 
     of: int  # rows looked at (length_bias: pairs)
-    ids: list[str] = field(default_factory=list)  # of all rows found
+    ids: list[str] = field(default_factory=list)  # of the first rows found
     count: float = 0  # rows, or pairs (a tie in length is half a pair)
     interval: tuple[float, float] | None = None  # 95 % interval of the share, where it is an estimate
+
+    def note(self, row: Row) -> None:
+        """A row that has it."""
+        self.count += 1
+        if len(self.ids) < SHOWN:
+            self.ids.append(row.id)
 
     @property
     def share(self) -> float:
@@ -73,7 +85,7 @@ class Finding:
         return self.interval[0] if self.interval else self.share
 
     def as_json(self) -> dict:
-        value = {"count": self.count, "of": self.of, "share": round(self.share, 6), "first_ids": self.ids[:SHOWN]}
+        value = {"count": self.count, "of": self.of, "share": round(self.share, 6), "first_ids": self.ids}
         if self.interval:
             value |= {"low": round(self.interval[0], 4), "high": round(self.interval[1], 4)}
         return value
@@ -90,45 +102,48 @@ class TokenizerFacts:
         self.control = re.compile("|".join(map(re.escape, markers)))
 
 
-def examine(rows: Sequence[Row], renderer: Renderer, limits: Limits, *, tick: Callable[[], None]) -> dict[str, Finding]:
+def examine(rows: Rows, renderer: Renderer, limits: Limits, *, tick: Callable[[], None]) -> dict[str, Finding]:
     """All findings of one table but those that compare tables."""
     facts = TokenizerFacts(renderer.tokenizer)
-    found = {name: Finding(of=len(rows)) for name in ROW_CHECKS}
-    longer: list[tuple[float, int]] = []
+    found = {name: Finding(of=len(rows)) for name in (*ROW_CHECKS, "duplicate_prompts")}
+    longer: Counter[tuple[float, int]] = Counter()
+    prompts, orders = Seen(), _Orders()
     for row in rows:
         case = Case(row=row, tokens=renderer.render(row), limits=limits)
         for name, check in ROW_CHECKS.items():
             if check(case, facts):
-                found[name].ids.append(row.id)
+                found[name].note(row)
+        # Texts without a prompt are no duplicates of each other.
+        if (prompt := show_prompt(row.prompt).strip()) and not prompts.add(prompt):
+            found["duplicate_prompts"].note(row)
         if pairs := list(_strict_pairs(row.answers)):
-            longer.append((sum(map(lambda pair: _longer(case, *pair), pairs)), len(pairs)))
+            longer[sum(_longer(case, *pair) for pair in pairs), len(pairs)] += 1
+            orders.add(row, pairs)
         tick()
-    found["duplicate_prompts"] = Finding(of=len(rows), ids=_repeated(rows))
-    found["contradictions"] = Finding(of=len(rows), ids=_contradictions(rows))
-    for finding in found.values():
-        finding.count = len(finding.ids)
-    return {**found, "length_bias": length_bias(longer)}
+    return {**found, "contradictions": orders.contradictions(len(rows)), "length_bias": length_bias(longer)}
 
 
-def shared_with_eval(rows: Sequence[Row], evaluation: Sequence[Row]) -> Finding:
+def shared_with_eval(rows: Rows, evaluation: Iterable[Row]) -> Finding:
     """Rows that train and that share a prompt or a group with a held-out row."""
-    held = {key for row in evaluation for key in keys(row)}
-    ids = [row.id for row in rows if not held.isdisjoint(keys(row))]
-    return Finding(of=len(rows), ids=ids, count=len(ids))
+    held, found = Seen(key for row in evaluation for key in keys(row)), Finding(of=len(rows))
+    for row in rows:
+        if any(key in held for key in keys(row)):
+            found.note(row)
+    return found
 
 
-def length_bias(rows: Sequence[tuple[float, int]]) -> Finding:
-    """Share of pairs whose better answer is longer in tokens, from (longer pairs, pairs) a row.
+def length_bias(rows: Mapping[tuple[float, int], int]) -> Finding:
+    """Share of pairs whose better answer is longer in tokens, from how many rows have (longer pairs, pairs).
 
     The interval is Wilson's, with as many independent pairs as the rows' spread allows: pairs of one ranking share
     answers, so ten of them say less than ten rows do.
     """
-    count, pairs = sum(hits for hits, _ in rows), sum(n for _, n in rows)
+    count, pairs = (sum(times * one[which] for one, times in rows.items()) for which in (0, 1))
     if not pairs:
         return Finding(of=0)
     share = count / pairs
-    variance = sum((hits - share * n) ** 2 for hits, n in rows) / pairs**2
-    independent = min(pairs, share * (1 - share) / variance) if variance else len(rows)
+    variance = sum(times * (hits - share * n) ** 2 for (hits, n), times in rows.items()) / pairs**2
+    independent = min(pairs, share * (1 - share) / variance) if variance else sum(rows.values())
     z2 = 1.96**2
     middle = (share + z2 / (2 * independent)) / (1 + z2 / independent)
     half = math.sqrt(z2 * share * (1 - share) / independent + z2**2 / (4 * independent**2)) / (1 + z2 / independent)
@@ -195,31 +210,26 @@ ROW_CHECKS: dict[str, Callable[[Case, TokenizerFacts], bool]] = {
 # Checks of a table ---------------------------------------------------------------------------------------------------
 
 
-def _repeated(rows: Sequence[Row]) -> list[str]:
-    """Rows after the first with their prompt; texts without a prompt are no duplicates of each other."""
-    seen: set[str] = set()
-    again = []
-    for row in rows:
-        prompt = show_prompt(row.prompt).strip()
-        if prompt and prompt in seen:
-            again.append(row.id)
-        seen.add(prompt)
-    return again
+class _Orders:
+    """Rows that order two answers of one prompt against another row. Ids of such rows alone are kept in memory."""
 
+    def __init__(self) -> None:
+        self._first, self._against = Seen(), set[str]()
 
-def _contradictions(rows: Sequence[Row]) -> list[str]:
-    """Rows that order two answers of one prompt against another row."""
-    first: dict[tuple, str] = {}
-    found: set[str] = set()
-    for row in rows:
-        for better, worse in _strict_pairs(row.answers):
+    def add(self, row: Row, pairs: Sequence[tuple[int, int]]) -> None:
+        """Args: pairs: places of two answers, the better one first."""
+        prompt = [[turn.role, turn.content] for turn in row.prompt]
+        for better, worse in pairs:
             one, other = row.answers[better].text.strip(), row.answers[worse].text.strip()
             if one == other:
                 continue
-            first.setdefault((row.prompt, one, other), row.id)
-            if (against := first.get((row.prompt, other, one), row.id)) != row.id:
-                found |= {row.id, against}
-    return sorted(found)
+            self._first.add(json.dumps((prompt, one, other)), row.id)
+            against = self._first.note(json.dumps((prompt, other, one)))
+            if against is not None and against != row.id:
+                self._against |= {row.id, against}
+
+    def contradictions(self, rows: int) -> Finding:
+        return Finding(of=rows, ids=sorted(self._against)[:SHOWN], count=len(self._against))
 
 
 def _strict_pairs(answers: Sequence[Answer]) -> Iterator[tuple[int, int]]:

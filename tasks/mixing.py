@@ -2,26 +2,33 @@
 
 Every choice is a draw: a hash of the seed, a purpose and an id. So it does not depend on the order of a file, and
 one more row in a file changes at most one of those taken before.
+
+Rows pass one by one. A file's are kept on disk while they are looked at again; in memory are their draws, eight bytes
+a row.
 """
 
 from __future__ import annotations
 
-import hashlib
-import heapq
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from rankwise.corpus import draft, opening
+from rankwise.rows import RowTable, write_rows
+from rankwise.seen import Seen
 from rankwise.types import Answer, Row, UserError, show_prompt, text_prompt
 from tasks.formats import HUB
+from tasks.kept import Kept, draw, in_order_of, noting
 from tasks.params import below, build, default_of
-from tasks.sources import File, read_examples, same
+from tasks.roles import fit, pair
+from tasks.sources import File, read_examples
 from tasks.tables import JUDGED, TRAINED, keys
 
-Tables = dict[str, list[Row]]
-Counts = dict[str, Counter[str]]
+Tables = Iterator[tuple[str, Iterable[Row]]]  # one after another, each to be read to its end before the next
+Counts = dict[str, Counter[str]]  # rows left out, by table and reason; complete once the tables are read
 
 FURTHEST = 8  # the corpus is read up to this many times as far as the sizes ask, in search of new openings
 
@@ -29,30 +36,36 @@ FURTHEST = 8  # the corpus is read up to this many times as far as the sizes ask
 def from_corpus(sizes: dict[str, int], *, seed: int, opening_words: int) -> tuple[Tables, Counts]:
     """The tables of the embedded corpus; sizes are rows a table (pairs for the labelled ones).
 
-    Raises UserError where the corpus has too few different openings for the prompts asked for.
+    Raises UserError where the corpus has too few different openings for the prompts asked for; of the last table, as it
+    is read.
     """
     if opening_words < 1:
         raise UserError("prompts.opening_words: at least 1 is needed with source: embedded, found 0")
-    counts: Counts = {name: Counter() for name in sizes}
+    return _of_corpus(sizes, seed, opening_words), {name: Counter() for name in sizes}
+
+
+def _of_corpus(sizes: dict[str, int], seed: int, opening_words: int) -> Tables:
     pool = _corpus_rows(FURTHEST * 2 * sum(sizes.values()), seed, opening_words)
-    tables = {"eval": _take(pool, sizes["eval"], unlike=set(), once=True)}
-    held = {show_prompt(row.prompt) for row in tables["eval"]}
-    tables["rollout"] = _take(pool, sizes["rollout"], unlike=held, once=True)
-    for name in JUDGED:
-        tables[name] = _take_pairs(pool, sizes[name], unlike=held)
-    tables["sft"] = _take(pool, sizes["sft"], unlike=held, once=False)
-    if all(len(tables[name]) == size for name, size in sizes.items()):
-        return tables, counts
-    found = ", ".join(f"{name} {len(tables[name])} of {size} rows" for name, size in sizes.items())
-    raise UserError(
-        f"prompts.embedded: too few different openings of {opening_words} words ({found}); "
-        "raise prompts.opening_words or lower the sizes of rollout and eval"
-    )
+    found, held = Counter[str](), Seen()
+    for name, rows in (
+        ("eval", _take(pool, sizes["eval"], unlike=Seen(), alike=held)),
+        ("rollout", _take(pool, sizes["rollout"], unlike=held, alike=Seen())),
+        *((name, _take_pairs(pool, sizes[name], unlike=held)) for name in JUDGED),
+        ("sft", _take(pool, sizes["sft"], unlike=held, alike=None)),
+    ):
+        yield name, _counted(rows, found, name)
+    if any(found[name] < size for name, size in sizes.items()):
+        told = ", ".join(f"{name} {found[name]} of {size} rows" for name, size in sizes.items())
+        raise UserError(
+            f"prompts.embedded: too few different openings of {opening_words} words ({told}); "
+            "raise prompts.opening_words or lower the sizes of rollout and eval"
+        )
 
 
 def from_files(
     given: dict[str, dict],
     source: Path,
+    scratch: Path,
     *,
     seed: int,
     opening_words: int,
@@ -61,25 +74,36 @@ def from_files(
 ) -> tuple[Tables, Counts]:
     """The tables of the user's own files; given maps roles to entries of prompts.files.
 
-    Raises UserError for bad files and for rows that a role cannot use.
+    Args:
+        scratch: a folder for rows that are looked at again; to be there until the tables are read.
+
+    Raises UserError for bad files, and as the tables are read for rows that a role cannot use.
     """
     if not given:
         raise UserError("prompts.files: no role has a file; give at least one, such as sft: {path: my.jsonl}")
     files = {role: _file(role, entry) for role, entry in given.items()}
     counts: Counts = {role: Counter() for role in files}
-    raw = {role: _read(role, file, source, seed, opening_words, counts[role], log) for role, file in files.items()}
+    read = {
+        role: _read(role, file, source, scratch, seed, opening_words, counts[role], log) for role, file in files.items()
+    }
 
-    origin = next((role for role in ("rollout", "preferences") if role in raw), None)
-    if "eval" not in raw and origin and eval_share:
-        raw["eval"], counts["eval"] = _held_out(raw[origin], seed, eval_share), Counter()
-    if "labelled_test" not in raw and "labelled" in raw and eval_share:
-        raw["labelled_test"], counts["labelled_test"] = _held_out(raw["labelled"], seed, eval_share), Counter()
-        files["labelled_test"] = files["labelled"]
+    origin = next((role for role in ("rollout", "preferences") if role in files), None)
+    for test, whole in (("eval", origin), ("labelled_test", "labelled")):
+        if test not in files and whole in files and eval_share:
+            read[test] = _held_out(*read[whole], eval_share, scratch / test), array("Q")
+            files[test], counts[test] = files[whole], Counter()
+    raw = {role: Kept(table) for role, (table, _) in read.items()}
     for role in TRAINED:
         for test in ("eval", "labelled_test") if role == "labelled" else ("eval",):
             if role in raw and test in raw:
-                raw[role] = _without(raw[role], raw[test], counts[role], f"shares a prompt or group with {test}")
-    return {role: _fit(role, rows, files.get(role), seed, counts[role]) for role, rows in raw.items()}, counts
+                raw[role] = raw[role].unlike(raw[test], f"shares a prompt or group with {test}")
+    return _fitted(raw, files, seed, counts, scratch), counts
+
+
+def _fitted(raw: dict[str, Kept], files: dict[str, File], seed: int, counts: Counts, scratch: Path) -> Tables:
+    return (
+        (role, fit(role, rows, files[role], seed, counts[role], scratch=scratch / role)) for role, rows in raw.items()
+    )
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -94,25 +118,47 @@ def _file(role: str, entry: dict) -> File:
 
 
 def _read(
-    role: str, file: File, source: Path, seed: int, opening_words: int, left_out: Counter[str], log: Callable
-) -> list[Row]:
+    role: str,
+    file: File,
+    source: Path,
+    scratch: Path,
+    seed: int,
+    opening_words: int,
+    left_out: Counter[str],
+    log: Callable,
+) -> tuple[RowTable, array]:
+    """The rows of a file, and what each draws for a place among the held-out ones."""
     hub = file.path.startswith(HUB)
     path = file.path if hub else below(source, file.path, where=f"prompts.files.{role}.path")
     if hub and "@" not in file.path:
         log(f"{role}: {file.path} has no @revision: the data may change from run to run")
-    rows: Iterable[Row] = read_examples(path, file, opening_words=opening_words, left_out=left_out)
-    if not file.limit:
-        return list(rows)
-    read = Counter[str]()
-    taken = heapq.nsmallest(file.limit, _counted(rows, read), key=lambda row: _draw(seed, f"limit {role}", row.id))
-    if over := read["rows"] - len(taken):
+    rows = read_examples(path, file, opening_words=opening_words, left_out=left_out)
+    if file.limit:
+        rows = _limited(rows, role, file.limit, seed, left_out, scratch)
+    draws, table = array("Q"), scratch / f"{role}.parquet"
+    # By group where there is one, else by prompt.
+    write_rows(table, noting(rows, draws, lambda row: draw(seed, "eval", keys(row)[0])), key=None)
+    return RowTable(table, key=None), draws
+
+
+def _limited(
+    rows: Iterable[Row], role: str, limit: int, seed: int, left_out: Counter[str], scratch: Path
+) -> Iterator[Row]:
+    """So many of the rows, those that draw the smallest numbers, by these."""
+    draws, whole = array("Q"), scratch / f"{role}.whole"
+    draw_of = lambda row: draw(seed, f"limit {role}", row.id)
+    write_rows(whole, noting(rows, draws, draw_of), key=None)
+    if over := max(0, len(draws) - limit):
         left_out["over the limit"] += over
-    return taken
+    last = _smallest(draws, limit)
+    return in_order_of(
+        (row for row in RowTable(whole, key=None) if draw_of(row) <= last), draw_of, scratch / f"{role}.sorted"
+    )
 
 
-def _counted(rows: Iterable[Row], read: Counter[str]) -> Iterator[Row]:
+def _counted(rows: Iterable[Row], read: Counter[str], name: str) -> Iterator[Row]:
     for row in rows:
-        read["rows"] += 1
+        read[name] += 1
         yield row
 
 
@@ -126,129 +172,41 @@ def _corpus_rows(count: int, seed: int, opening_words: int) -> Iterator[Row]:
         yield Row(id=f"review-{index:06d}", prompt=text_prompt(prompt), answers=(own,), meta=meta)
 
 
-def _take(pool: Iterator[Row], count: int, *, unlike: set[str], once: bool) -> list[Row]:
-    """The next rows of the pool whose prompt is not in `unlike`; once: and no two prompts alike."""
-    taken: list[Row] = []
-    seen = set(unlike)
-    while len(taken) < count and (row := next(pool, None)) is not None:
+def _take(pool: Iterator[Row], count: int, *, unlike: Seen, alike: Seen | None) -> Iterator[Row]:
+    """The next rows of the pool whose prompt is not in `unlike`; with alike, no two prompts alike, and it gets them."""
+    taken = 0
+    while taken < count and (row := next(pool, None)) is not None:
         prompt = show_prompt(row.prompt)
-        if prompt not in seen:
-            taken.append(row)
-            seen |= {prompt} if once else set()
-    return taken
+        if prompt not in unlike and (alike is None or alike.add(prompt)):
+            taken += 1
+            yield row
 
 
-def _take_pairs(pool: Iterator[Row], count: int, *, unlike: set[str]) -> list[Row]:
+def _take_pairs(pool: Iterator[Row], count: int, *, unlike: Seen) -> Iterator[Row]:
     """Pairs of neighbours of the pool with different ratings, the better rated text above, no prompt in `unlike`.
 
     Ratings teach a judge more than the two labels would: how much better, and what a mixed review is worth.
     """
     usable = (row for row in pool if show_prompt(row.prompt) not in unlike)
-    pairs: list[Row] = []
-    while len(pairs) < count and (first := next(usable, None)) and (second := next(usable, None)):
+    taken = 0
+    while taken < count and (first := next(usable, None)) and (second := next(usable, None)):
         if first.meta["rating"] != second.meta["rating"]:
-            pairs.append(_pair(*sorted((first, second), key=lambda row: -row.meta["rating"])))
-    return pairs
+            taken += 1
+            yield pair(*sorted((first, second), key=lambda row: -row.meta["rating"]))
 
 
 # Holding out ---------------------------------------------------------------------------------------------------------
 
 
-def _draw(seed: int, purpose: str, key: str) -> int:
-    """A number in [0, 2^64) that this key draws for this purpose."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{purpose}\0{key}".encode()).digest()[:8], "big")
+def _held_out(rows: RowTable, draws: array, share: float, path: Path) -> RowTable:
+    # The share of groups is exact, so that small data have an eval too.
+    groups = np.unique(np.array(draws))
+    last = _smallest(groups, max(1, round(share * len(groups))))
+    write_rows(path, (row for row, mine in zip(rows, draws) if mine <= last), key=None)
+    return RowTable(path, key=None)
 
 
-def _held_out(rows: list[Row], seed: int, share: float) -> list[Row]:
-    # By group where there is one, else by prompt; the share is exact, so that small data have an eval too.
-    groups = sorted({keys(row)[0] for row in rows}, key=lambda key: _draw(seed, "eval", key))
-    held = set(groups[: max(1, round(share * len(groups)))])
-    return [row for row in rows if keys(row)[0] in held]
-
-
-def _without(rows: list[Row], held: list[Row], left_out: Counter[str], reason: str) -> list[Row]:
-    taken = {key for row in held for key in keys(row)}
-    kept = [row for row in rows if taken.isdisjoint(keys(row))]
-    if len(kept) < len(rows):
-        left_out[reason] += len(rows) - len(kept)
-    return kept
-
-
-# Roles ---------------------------------------------------------------------------------------------------------------
-
-
-def _fit(role: str, rows: list[Row], file: File | None, seed: int, left_out: Counter[str]) -> list[Row]:
-    """Rows as their role needs them."""
-    if role == "sft":
-        return [_best_alone(row, role) for row in rows]
-    if role == "rollout":
-        return _each_prompt_once([_best_alone(row, role) if row.answers else row for row in rows], left_out)
-    if role == "eval":
-        return _each_prompt_once(rows, left_out)
-    if role != "preferences" and all(len(row.answers) == 1 for row in rows):
-        return _pairs(rows, file.positive, file.negative, seed, left_out)
-    ranked = [_ranked(row, role) for row in rows]
-    kept = [row for row in ranked if len({answer.rank for answer in row.answers}) > 1]
-    if len(kept) < len(ranked):
-        left_out["all answers tied"] += len(ranked) - len(kept)
-    return kept
-
-
-def _best_alone(row: Row, role: str) -> Row:
-    """A row with its own answer, or the best of a ranking, unranked: what a policy is to imitate."""
-    if not row.answers:
-        raise UserError(f"prompts.files.{role}: row {row.id!r} is a prompt without an answer; give prompt + completion")
-    best = (row.ranked or row.answers)[0]
-    return replace(row, answers=(Answer(text=best.text, source="dataset"),))
-
-
-def _ranked(row: Row, role: str) -> Row:
-    if len(row.answers) < 2:
-        raise UserError(
-            f"prompts.files.{role}: row {row.id!r} has {len(row.answers)} answers, so there is nothing to rank; "
-            "give pairs (chosen, rejected) or rankings (answers with rank or score)"
-            + ("" if role == "preferences" else ", or texts with a label in every row")
-        )
-    return row
-
-
-def _each_prompt_once(rows: list[Row], left_out: Counter[str]) -> list[Row]:
-    first: dict[tuple, Row] = {}
-    for row in rows:
-        first.setdefault(row.prompt, row)
-    if len(first) < len(rows):
-        left_out["same prompt as another row"] += len(rows) - len(first)
-    return list(first.values())
-
-
-def _pairs(rows: list[Row], positive: int | str, negative: int | str, seed: int, left_out: Counter[str]) -> list[Row]:
-    """Texts with labels as pairs for a reward model: no prompt, a positive text above a negative one."""
-    sides: dict[bool, list[Row]] = {True: [], False: []}
-    for row in sorted(rows, key=lambda row: _draw(seed, "pair", row.id)):
-        for side, label in ((True, positive), (False, negative)):
-            if same(row.meta.get("label"), label):
-                sides[side].append(row)
-    better, worse = sides[True], sides[False]
-    if not better or not worse:
-        found = sorted({str(row.meta.get("label")) for row in rows})[:10]
-        raise UserError(
-            f"labelled texts: both labels positive: {positive!r} and negative: {negative!r} must occur, found {found}; "
-            "set positive and negative to labels of the data"
-        )
-    for reason, count in (
-        ("label neither positive nor negative", len(rows) - len(better) - len(worse)),
-        ("text without a partner of the other label", abs(len(better) - len(worse))),
-    ):
-        if count:
-            left_out[reason] += count
-    return [_pair(good, bad) for good, bad in zip(better, worse)]
-
-
-def _pair(better: Row, worse: Row) -> Row:
-    """Two whole texts, no prompt before them."""
-    answers = (Answer(text=_whole(row), rank=rank, source="dataset") for rank, row in enumerate((better, worse)))
-    return Row(id=f"{better.id}|{worse.id}", prompt=text_prompt(""), answers=tuple(answers))
-
-
-def _whole(row: Row) -> str:
-    return show_prompt(row.prompt) + row.answers[0].text
+def _smallest(draws: Iterable[int], count: int) -> int:
+    """The largest of the so many smallest; -1 of none."""
+    ordered = np.sort(np.asarray(draws, dtype=np.uint64))[:count]
+    return int(ordered[-1]) if len(ordered) else -1

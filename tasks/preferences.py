@@ -12,16 +12,19 @@ and how narrow it is (meta: smallest_gap, nats between two neighbours of the ord
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankwise.fingerprint import digest
-from rankwise.rows import read_rows, write_rows
+from rankwise.rows import RowTable, rows_writer
+from rankwise.seen import Seen
 from rankwise.types import Row, UserError, show_prompt
 from tasks.params import param
-from tasks.selection import SelectParams, counts, first_answers, selected
+from tasks.preferences_summary import Summary
+from tasks.selection import SelectParams, first_answers, selected
 from tasks.stage import Stage, main
 from tasks.tables import keys
 
@@ -59,79 +62,112 @@ class Paths:
 def run(params: Params, paths: Paths, stage: Stage) -> None:
     from rankwise.ranking import all_tied
 
-    rollouts = [_split(row, params.held_out_share) for row in read_rows(paths.rollouts)]
+    found, shown = Summary(params.select), []
+    with rows_writer(paths.preferences) as table:
+        for row in _rows(params, paths, stage.round, found):
+            found.rows += 1
+            if len(row.answers) < 2:
+                found.unjudged_rows += 1
+            elif all_tied(row):
+                found.tied += 1
+            elif (kept := selected(row, params.select)) is not None:
+                kept = _with_lengths(kept)
+                found.add(kept, row)
+                table.add(kept)
+                shown += [_shown(kept)] if len(shown) < SAMPLE_ROWS else []
+            else:
+                found.left_out += 1
+        _check(found, params, paths)
+    stage.tracker.table("preferences", shown)
+    stage.log(f"{found.kept} ranked rows, {found.tied} left out because all their answers tie")
+    if found.unjudged_rows:
+        stage.log(
+            f"{found.unjudged_rows} of {found.rows} rows left out because fewer than two of their answers were judged"
+        )
+    carried = {"rows_of_earlier_rounds": found.earlier} if params.earlier_rounds else {}
+    stage.finish({**found.as_json(), **carried})
+
+
+def _rows(params: Params, paths: Paths, round_: int, found: Summary) -> Iterator[Row]:
+    """All rows, ranked, one by one: those of the rollouts, imported ones, those of earlier rounds."""
+    rollouts = RowTable(paths.rollouts)
     judged = _in_order(rollouts, params) if params.order else _judged(rollouts, paths.verdicts, params)
-    imported = _imported(paths.prompts, params)
-    earlier = _earlier(paths.earlier, imported, stage.round, params.earlier_rounds)
-    rows = [_with_gap(one) for one in judged] + imported + earlier
-    if not rows:
+    for one in judged:
+        found.add_judged(one)
+        yield _with_gap(one)
+    yield from _imported(paths.prompts, params)
+    for row in _earlier(paths.earlier, _imported(paths.prompts, params), round_, params.earlier_rounds):
+        found.earlier += 1
+        yield row
+
+
+def _check(found: Summary, params: Params, paths: Paths) -> None:
+    """Raises UserError where nothing is left to train on, or too much ties."""
+    if not found.rows:
         raise UserError(
             f"neither {paths.rollouts} nor {paths.prompts / 'preferences.parquet'} holds a row: there is nothing to "
             "prefer; name prompts or preferences in prompts.files"
         )
-    ranked = [row for row in rows if len(row.answers) > 1]
-    unjudged = len(rows) - len(ranked)
+    ranked = found.rows - found.unjudged_rows
     if not ranked:
         raise UserError(
-            f"none of the {len(rows)} rows has two answers that verdicts compare ({paths.verdicts}): none is ranked; "
+            f"none of the {found.rows} rows has two answers that verdicts compare ({paths.verdicts}): none is ranked; "
             "reports/verdicts/metrics.json counts replies that are invalid or unanswered: take another judge, or have "
             "more pairs labelled"
         )
-    kept = [row for row in ranked if not all_tied(row)]
-    tied = len(ranked) - len(kept)
-    if not kept or tied / len(ranked) > params.max_tied_share:
+    tied = found.tied
+    if tied == ranked or tied / ranked > params.max_tied_share:
         raise UserError(
-            f"all answers tie in {tied} of {len(ranked)} rows ({tied / len(ranked):.0%}, preferences.max_tied_share "
+            f"all answers tie in {tied} of {ranked} rows ({tied / ranked:.0%}, preferences.max_tied_share "
             f"allows {params.max_tied_share:.0%}); a tie teaches nothing. Lower preferences.tie_below "
             f"({params.tie_below} nats), raise rollouts.temperature, or use a judge that tells answers apart"
         )
-    whole, kept = kept, [_with_lengths(row) for row in selected(kept, params.select)]
-    if all(row.meta["split"] == "held_out" for row in kept):
+    if found.held_out == found.kept:
         raise UserError(
-            f"all {len(kept)} ranked rows are held out, none is left to train on; lower preferences.held_out_share "
+            f"all {found.kept} ranked rows are held out, none is left to train on; lower preferences.held_out_share "
             f"({params.held_out_share}), raise preferences.select.prompts ({params.select.prompts}), or give "
             "more prompts"
         )
-    write_rows(paths.preferences, kept)
-    stage.tracker.table("preferences", [_shown(row) for row in kept[:SAMPLE_ROWS]])
-    stage.log(f"{len(kept)} ranked rows, {tied} left out because all their answers tie")
-    if unjudged:
-        stage.log(f"{unjudged} of {len(rows)} rows left out because fewer than two of their answers were judged")
-    carried = {"rows_of_earlier_rounds": len(earlier)} if params.earlier_rounds else {}
-    stage.finish({**_summary(kept, judged, tied, unjudged), **carried, **counts(whole, kept, params.select)})
 
 
-def _imported(prompts: Path, params: Params) -> list[Row]:
+def _imported(prompts: Path, params: Params) -> Iterator[Row]:
     """Imported rankings; held out are those of eval, which SFT never saw, or a share where eval has no ranks."""
-    training = [replace(row, answers=row.ranked) for row in read_rows(prompts / "preferences.parquet")]
-    if not training:
-        return []
-    unseen = [replace(row, answers=row.ranked) for row in read_rows(prompts / "eval.parquet") if len(row.ranked) > 1]
-    if not unseen:
-        return [_split(row, params.held_out_share) for row in training]
+    table, evaluation = RowTable(prompts / "preferences.parquet"), RowTable(prompts / "eval.parquet")
+    if not len(table):
+        return
+    training = (replace(row, answers=row.ranked) for row in table)
+    unseen = (replace(row, answers=row.ranked) for row in evaluation if len(row.ranked) > 1)
+    first = next(unseen, None)
+    if first is None:
+        yield from (_split(row, params.held_out_share) for row in training)
+        return
     mark = lambda row, split: replace(row, meta={**row.meta, "split": split})
-    return [mark(row, "train") for row in training] + [mark(row, "held_out") for row in unseen]
+    yield from (mark(row, "train") for row in training)
+    yield from (mark(row, "held_out") for row in itertools.chain([first], unseen))
 
 
-def _judged(rollouts: Sequence[Row], verdicts: Path, params: Params) -> list[Judged]:
+def _judged(rollouts: RowTable, verdicts: Path, params: Params) -> Iterator[Judged]:
     from rankwise.ranking import rank
-    from rankwise.verdicts import read_verdicts
+    from rankwise.verdicts import joined
 
-    said = read_verdicts(verdicts, {row.id: row for row in rollouts})
-    if rollouts and not said:
+    said, missing, first = False, 0, ""
+    for row, mine in joined(verdicts, rollouts):
+        said = said or bool(mine)
+        if not mine and len({answer.text for answer in row.answers}) > 1:
+            missing, first = missing + 1, first or row.id
+        row = first_answers(_split(row, params.held_out_share), params.select)
+        about = [one for one in mine if max(one.shown) < len(row.answers)]
+        yield rank(row, about, tie_below=params.tie_below)
+    if len(rollouts) and not said:
         raise UserError(
             f"{verdicts} holds no verdict and preferences.order is empty, so nothing ranks the answers; name a "
             "verdicts.judge, or the sources of answers from best to worst in preferences.order"
         )
-    asked = [row for row in rollouts if len({answer.text for answer in row.answers}) > 1]
-    if missing := [row.id for row in asked if row.id not in said]:
+    if missing:
         raise UserError(
-            f"{verdicts}: no judge was asked about {len(missing)} of {len(rollouts)} rows, {missing[0]!r} first; the "
+            f"{verdicts}: no judge was asked about {missing} of {len(rollouts)} rows, {first!r} first; the "
             "tables do not belong together: run the stage verdicts again on these rows"
         )
-    rows = [first_answers(row, params.select) for row in rollouts]
-    about = lambda row: [one for one in said.get(row.id, []) if max(one.shown) < len(row.answers)]
-    return [rank(row, about(row), tie_below=params.tie_below) for row in rows]
 
 
 def _with_gap(judged: Judged) -> Row:
@@ -143,74 +179,36 @@ def _with_lengths(row: Row) -> Row:
     return replace(row, meta={**row.meta, "longer_by": best - worst})
 
 
-def _in_order(rollouts: Sequence[Row], params: Params) -> list[Judged]:
+def _in_order(rollouts: RowTable, params: Params) -> Iterator[Judged]:
     from rankwise.given import rank_by_source
     from rankwise.ranking import Judged
 
-    order, rollouts = params.order, [first_answers(row, params.select) for row in rollouts]
-    there = {answer.source for row in rollouts for answer in row.answers}
-    if rollouts and set(order) != there:
+    select = lambda row: first_answers(_split(row, params.held_out_share), params.select)
+    order, there = params.order, {answer.source for row in rollouts for answer in select(row).answers}
+    if len(rollouts) and set(order) != there:
         raise UserError(
             f"preferences.order is {order}, and the answers are from {', '.join(sorted(there))}; name just these, best "
             "first (policy: rollouts.k, teacher: rollouts.teacher, dataset: rollouts.data_answers)"
         )
     nothing = dict(position_bias=(), invalid=0, unjudged=0, circular_triads=0, most_circular_triads=0)
-    return [Judged(row=rank_by_source(row, order), smallest_gap=None, **nothing) for row in rollouts]
+    return (Judged(row=rank_by_source(select(row), order), smallest_gap=None, **nothing) for row in rollouts)
 
 
-def _earlier(table: Path, imported: Sequence[Row], round_: int, rounds: int) -> list[Row]:
+def _earlier(table: Path, imported: Iterable[Row], round_: int, rounds: int) -> Iterator[Row]:
     """Training rows of so many rounds before this one, as ID@ROUND; a row never comes twice."""
     if round_ == 1 or rounds == 0:
-        return []
-    again = {row.id for row in imported}  # they are in every round
-    found = []
-    for row in read_rows(table):
+        return
+    again = Seen(row.id for row in imported)  # they are in every round
+    for row in RowTable(table):
         own = row.meta.get("round", round_ - 1)  # of its own round a row does not say it
         if own >= round_ - rounds and row.id not in again and row.meta["split"] == "train":
             name = row.id if "round" in row.meta else f"{row.id}@{own}"
-            found.append(replace(row, id=name, meta={**row.meta, "round": own}))
-    return found
+            yield replace(row, id=name, meta={**row.meta, "round": own})
 
 
 def _split(row: Row, held_out_share: float) -> Row:
     held_out = int(digest("held-out", keys(row)[0])[:8], 16) / 16**8 < held_out_share
     return replace(row, meta={**row.meta, "split": "held_out" if held_out else "train"})
-
-
-def _summary(rows: Sequence[Row], judged: Sequence[Judged], tied: int, unjudged: int) -> dict[str, Any]:
-    from rankwise.evaluation import mean, share
-
-    biases = [bias for one in judged for bias in one.position_bias]
-    longer = [row.meta["longer_by"] for row in rows if row.meta["longer_by"]]
-    ranked = [row.answers for row in rows if row.answers[0].strength is not None]
-    gaps = [answers[0].strength - answers[-1].strength for answers in ranked]
-    found = {
-        "rows": len(rows),
-        "held_out": sum(row.meta["split"] == "held_out" for row in rows),
-        "all_tied": tied,
-        "unjudged_rows": unjudged,
-        "rows_with_ties": sum(len({a.rank for a in row.answers}) < len(row.answers) for row in rows),
-        "invalid_verdicts": sum(one.invalid for one in judged),
-        "unjudged_answers": sum(one.unjudged for one in judged),
-        **_triads(judged),
-        "position_bias_mean": sum(biases) / len(biases) if biases else 0.0,
-        "strength_gap_mean": sum(gaps) / len(gaps) if gaps else 0.0,
-        "k": {str(k): sum(len(row.answers) == k for row in rows) for k in sorted({len(row.answers) for row in rows})},
-    }
-    if longer:
-        # Best against worst, one number a row: the pairs of a row are not independent.
-        found["better_is_longer"] = share(sum(words > 0 for words in longer), len(longer)).as_dict()
-        found["longer_by"] = mean([row.meta["longer_by"] for row in rows]).as_dict()
-    return found
-
-
-def _triads(judged: Sequence[Judged]) -> dict[str, float]:
-    """Circular triads of rows whose pairs are all known, and Kendall's coefficient of consistency over all of them."""
-    complete = [one for one in judged if one.most_circular_triads]
-    if not complete:
-        return {"circular_triads": 0}
-    circular, most = (sum(getattr(one, f"{name}circular_triads") for one in complete) for name in ("", "most_"))
-    return {"circular_triads": circular, "consistency": 1 - circular / most}
 
 
 def _shown(row: Row) -> dict[str, object]:

@@ -15,14 +15,17 @@ trains; no opening and no group of labelled_test is in labelled.
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from rankwise.rows import write_rows
+from rankwise.seen import Distinct
 from rankwise.types import Row, UserError, show_prompt
-from tasks.mixing import Tables, from_corpus, from_files
+from tasks.mixing import Counts, Tables, from_corpus, from_files
 from tasks.params import param
 from tasks.stage import Stage, main, output_folder
 from tasks.tables import TABLES
@@ -71,55 +74,77 @@ class Paths:
 
 
 def run(params: Params, paths: Paths, stage: Stage) -> None:
-    if params.source == "embedded":
-        tables, left_out = from_corpus(asdict(params.embedded), seed=params.seed, opening_words=params.opening_words)
-    else:
-        given = {role: entry for role, entry in asdict(params.files).items() if entry}
-        tables, left_out = from_files(
-            given,
-            paths.source,
-            seed=params.seed,
-            opening_words=params.opening_words,
-            eval_share=params.eval_share,
-            log=stage.log,
-        )
-    _refuse_empty(tables, left_out)
-    with output_folder(paths.prompts) as folder:
+    measured = {name: Measures() for name in TABLES}
+    with output_folder(paths.prompts) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
+        tables, left_out = _tables(params, paths, Path(scratch), stage)
+        for name, rows in tables:
+            write_rows(folder / f"{name}.parquet", measured[name].of(rows))
+        _refuse_empty(measured, left_out)
         for name in TABLES:
-            write_rows(folder / f"{name}.parquet", tables.get(name, []))
-    for name, rows in tables.items():
-        notes = "".join(f"; left out {count}: {reason}" for reason, count in sorted(left_out[name].items()))
-        stage.log(f"{name}: {len(rows)} rows{notes}")
-    stage.finish({name: _measures(tables.get(name, []), left_out.get(name, Counter())) for name in TABLES})
+            if name not in left_out:
+                write_rows(folder / f"{name}.parquet", [])
+    for name, counts in left_out.items():
+        notes = "".join(f"; left out {count}: {reason}" for reason, count in sorted(counts.items()))
+        stage.log(f"{name}: {measured[name].rows} rows{notes}")
+    stage.finish({name: measured[name].as_json(left_out.get(name, Counter())) for name in TABLES})
 
 
-def _refuse_empty(tables: Tables, left_out: dict[str, Counter[str]]) -> None:
-    for name, rows in tables.items():
-        if not rows:
-            why = ", ".join(f"{count} left out: {reason}" for reason, count in sorted(left_out[name].items()))
+def _tables(params: Params, paths: Paths, scratch: Path, stage: Stage) -> tuple[Tables, Counts]:
+    if params.source == "embedded":
+        return from_corpus(asdict(params.embedded), seed=params.seed, opening_words=params.opening_words)
+    given = {role: entry for role, entry in asdict(params.files).items() if entry}
+    return from_files(
+        given,
+        paths.source,
+        scratch,
+        seed=params.seed,
+        opening_words=params.opening_words,
+        eval_share=params.eval_share,
+        log=stage.log,
+    )
+
+
+def _refuse_empty(measured: dict[str, Measures], left_out: Counts) -> None:
+    for name, counts in left_out.items():
+        if not measured[name].rows:
+            why = ", ".join(f"{count} left out: {reason}" for reason, count in sorted(counts.items()))
             raise UserError(
                 f"prompts: table {name} would be empty ({why or 'nothing was read for it'}); "
                 f"change prompts.files.{name}, or the limits, eval_share or labels named there"
             )
 
 
-def _measures(rows: list[Row], left_out: Counter[str]) -> dict:
+class Measures:
     """Counts of one table: rows, how many rows have K answers, words (mean) a prompt and an answer."""
-    answers = [answer.text for row in rows for answer in row.answers]
-    prompts = [show_prompt(row.prompt) for row in rows]
-    return {
-        "rows": len(rows),
-        "rows_by_answers": {str(k): n for k, n in sorted(Counter(len(row.answers) for row in rows).items())},
-        "rows_with_ties": sum(len({a.rank for a in row.ranked}) < len(row.ranked) for row in rows),
-        "distinct_prompts": len(set(prompts)),
-        "words_per_prompt": _mean_words(prompts),
-        "words_per_answer": _mean_words(answers),
-        "left_out": dict(left_out),
-    }
 
+    def __init__(self) -> None:
+        self.rows = self._answers = self._tied = self._prompt_words = self._answer_words = 0
+        self._by_answers: Counter[int] = Counter()
+        self._prompts = Distinct()
 
-def _mean_words(texts: list[str]) -> float:
-    return round(sum(len(text.split()) for text in texts) / len(texts), 2) if texts else 0.0
+    def of(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows as they are, counted."""
+        for row in rows:
+            prompt, ranked = show_prompt(row.prompt), row.ranked
+            self.rows += 1
+            self._by_answers[len(row.answers)] += 1
+            self._tied += len({answer.rank for answer in ranked}) < len(ranked)
+            self._prompts.add(prompt)
+            self._prompt_words += len(prompt.split())
+            self._answers += len(row.answers)
+            self._answer_words += sum(len(answer.text.split()) for answer in row.answers)
+            yield row
+
+    def as_json(self, left_out: Counter[str]) -> dict:
+        return {
+            "rows": self.rows,
+            "rows_by_answers": {str(k): n for k, n in sorted(self._by_answers.items())},
+            "rows_with_ties": self._tied,
+            "distinct_prompts": len(self._prompts),
+            "words_per_prompt": round(self._prompt_words / self.rows, 2) if self.rows else 0.0,
+            "words_per_answer": round(self._answer_words / self._answers, 2) if self._answers else 0.0,
+            "left_out": dict(left_out),
+        }
 
 
 if __name__ == "__main__":

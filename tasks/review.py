@@ -18,17 +18,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rankwise import ranking
 from rankwise.budget import prices as prices_of
-from rankwise.rows import read_rows, write_aside
+from rankwise.rows import RowTable, read_rows, write_aside
 from rankwise.types import Answer, Row, UserError, show_prompt
 from rankwise.verdicts import Verdict, read_verdicts
-from tasks.doubts import KINDS, Comparison, about, choose, compare
+from tasks import doubts
+from tasks.doubts import KINDS, Comparison
 from tasks.markup import CONTROLS, Html, table
 from tasks.review_page import LONGEST_TEXT, Shown, money, named, nats, page, said_of_places, verdict_of
 
@@ -41,11 +42,10 @@ Prices = Mapping[str, tuple[float, float]]  # by judge: money a million tokens, 
 
 def write(
     path: Path,
-    rows: Sequence[Row],
-    verdicts: Verdicts,
+    judged: Iterable[tuple[Row, Sequence[Verdict]]],
     *,
     gold: Verdicts | None = None,
-    ranked: Sequence[Row] | None = None,
+    ranked: Iterable[Row] | None = None,
     tie_below: float = 0.0,
     prices: Prices | None = None,
     limit: int = LIMIT,
@@ -53,25 +53,25 @@ def write(
     """Write the page; returns what it shows, as records for the tracker's table.
 
     Args:
-        gold: what people or another judge say of the same rows.
+        judged: each row with the verdicts on it, once; only those shown are kept in memory.
+        gold: what people or another judge say of the same rows, by row id.
         ranked: the rows as they are trained on; None: their ranks and strengths are computed here.
         tie_below: nats; preferences of at most so much are ties, and contradict nothing.
         prices: None: as the environment has them, for the judges in their order in the table.
         limit: comparisons of each kind.
     """
-    judges = list(dict.fromkeys(one.judge for mine in verdicts.values() for one in mine))
-    prices = _from_environment(judges) if prices is None else prices
-    compared = compare(rows, verdicts, gold, tie_below=tie_below)
-    chosen, totals = choose(compared, limit)
-    standing = _Standing(verdicts, ranked, tie_below)
-    shown = [_shown(one, verdicts, gold or {}, standing, prices) for one in chosen]
-    text = page(
-        shown,
-        totals,
-        facts=_facts(rows, verdicts, compared, judges),
-        judges=_judges(judges, verdicts, compared, prices),
-        rule=_rule(limit, tie_below),
-    )
+    chosen, seen = doubts.Chosen(limit), _Totals()
+    for row, verdicts in judged:
+        labels = (gold or {}).get(row.id, ())
+        compared = doubts.compare(row, verdicts, labels, tie_below=tie_below)
+        seen.add(verdicts, compared)
+        for one in compared:
+            chosen.add(one, (verdicts, labels))
+    prices = _from_environment(seen.judges) if prices is None else prices
+    kept, totals = chosen.shown()
+    standing = _Standing(None if ranked is None else ranked, {one.row.id for one, _ in kept}, tie_below)
+    shown = [_shown(one, *beside, standing, prices) for one, beside in kept]
+    text = page(shown, totals, facts=seen.facts(), judges=seen.table(prices), rule=_rule(limit, tie_below))
     write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
     return [_record(number, one) for number, one in enumerate(shown, start=1)]
 
@@ -79,29 +79,31 @@ def write(
 class _Standing:
     """Ranks and strengths of the answers that are shown."""
 
-    def __init__(self, verdicts: Verdicts, ranked: Sequence[Row] | None, tie_below: float):
-        self._verdicts, self._tie_below = verdicts, tie_below
-        self._ranked = None if ranked is None else {row.id: row for row in ranked}
+    def __init__(self, ranked: Iterable[Row] | None, ids: Container[str], tie_below: float):
+        self._tie_below = tie_below
+        self._ranked = None if ranked is None else {row.id: row for row in ranked if row.id in ids}
 
-    def of(self, row: Row) -> dict[int, Answer]:
+    def of(self, row: Row, verdicts: Sequence[Verdict]) -> dict[int, Answer]:
         """By place in the row; answers without a rank, or rows that are not trained on, are left out."""
         if self._ranked is None:
-            judged = ranking.rank(row, self._verdicts.get(row.id, ()), tie_below=self._tie_below).row
+            judged = ranking.rank(row, verdicts, tie_below=self._tie_below).row
         else:
             judged = self._ranked.get(row.id, Row(id=row.id, prompt=()))
         by_text = {answer.text: answer for answer in judged.answers}
         return {place: by_text[answer.text] for place, answer in enumerate(row.answers) if answer.text in by_text}
 
 
-def _shown(one: Comparison, verdicts: Verdicts, gold: Verdicts, standing: _Standing, prices: Prices) -> Shown:
-    replies = about(one, verdicts.get(one.row.id, ()))
+def _shown(
+    one: Comparison, verdicts: Sequence[Verdict], gold: Sequence[Verdict], standing: _Standing, prices: Prices
+) -> Shown:
+    replies = doubts.about(one, verdicts)
     costs = [_cost([reply], prices[reply.judge]) for reply in replies if reply.judge in prices]
     return Shown(
         comparison=one,
         why=tuple((kind, _why(kind, one, replies)) for kind in KINDS if kind in one.kinds),
         replies=tuple(replies),
-        labels=tuple(reply for reply in about(one, gold.get(one.row.id, ())) if reply.values is not None),
-        standing=standing.of(one.row),
+        labels=tuple(reply for reply in doubts.about(one, gold) if reply.values is not None),
+        standing=standing.of(one.row, verdicts),
         cost=sum(costs) if costs else None,
     )
 
@@ -137,42 +139,60 @@ def _flip(judge: str, left_first: float, right_first: float) -> str:
     return f"{judge} takes whichever is shown {place}, by {abs(left_first):.2f} and by {abs(right_first):.2f} nats."
 
 
-def _facts(rows: Sequence[Row], verdicts: Verdicts, compared: Sequence[Comparison], judges: Sequence[str]) -> str:
-    replies = [one for mine in verdicts.values() for one in mine]
-    if not replies:
-        return "No judge said anything: there is no verdict to look at."
-    invalid = sum(one.values is None and one.answered for one in replies)
-    tokens = sum(one.prompt_tokens + one.completion_tokens for one in replies)
-    facts = [
-        f"{len(replies):,} replies of {', '.join(judges)}",
-        f"{len(compared):,} comparisons of {len({id(one.row) for one in compared}):,} of {len(rows):,} prompts",
-        f"{invalid:,} replies invalid",
-    ]
-    return " · ".join([*facts, f"{tokens:,} tokens"] if tokens else facts)
+class _Totals:
+    """What all verdicts and comparisons amount to, as they pass."""
 
+    def __init__(self) -> None:
+        self._rows = self._compared_rows = self._comparisons = 0
+        self._by_judge: dict[str, Counter[str]] = {}
 
-def _judges(judges: Sequence[str], verdicts: Verdicts, compared: Sequence[Comparison], prices: Prices) -> Html:
-    replies: dict[str, list[Verdict]] = defaultdict(list)
-    for one in (one for mine in verdicts.values() for one in mine):
-        replies[one.judge].append(one)
-    asked, flips = defaultdict(int), defaultdict(int)
-    for view in (view for one in compared for view in one.views if view.orders):
-        asked[view.judge] += 1
-        flips[view.judge] += view.flips
-    columns = ["judge", "replies", "invalid", "order flips", "tokens read", "tokens written", "cost"]
-    lines = [
-        [
-            judge,
-            f"{len(mine):,}",
-            f"{sum(one.values is None and one.answered for one in mine):,}",
-            f"{flips[judge]:,} of {asked[judge]:,}" if asked[judge] else "",
-            f"{sum(one.prompt_tokens for one in mine):,}",
-            f"{sum(one.completion_tokens for one in mine):,}",
-            money(_cost(mine, prices[judge])) if judge in prices else "no price given",
+    @property
+    def judges(self) -> list[str]:
+        return list(self._by_judge)
+
+    def add(self, verdicts: Sequence[Verdict], compared: Sequence[Comparison]) -> None:
+        """A row's."""
+        self._rows += 1
+        self._compared_rows += bool(compared)
+        self._comparisons += len(compared)
+        for one in verdicts:
+            mine = self._by_judge.setdefault(one.judge, Counter())
+            mine["replies"] += 1
+            mine["invalid"] += one.values is None and one.answered
+            mine["read"] += one.prompt_tokens
+            mine["written"] += one.completion_tokens
+        for view in (view for one in compared for view in one.views if view.orders):
+            self._by_judge[view.judge]["asked"] += 1
+            self._by_judge[view.judge]["flips"] += view.flips
+
+    def facts(self) -> str:
+        if not self._by_judge:
+            return "No judge said anything: there is no verdict to look at."
+        total = sum(self._by_judge.values(), Counter())
+        tokens = total["read"] + total["written"]
+        facts = [
+            f"{total['replies']:,} replies of {', '.join(self.judges)}",
+            f"{self._comparisons:,} comparisons of {self._compared_rows:,} of {self._rows:,} prompts",
+            f"{total['invalid']:,} replies invalid",
         ]
-        for judge, mine in ((judge, replies[judge]) for judge in judges)
-    ]
-    return table(columns, lines)
+        return " · ".join([*facts, f"{tokens:,} tokens"] if tokens else facts)
+
+    def table(self, prices: Prices) -> Html:
+        columns = ["judge", "replies", "invalid", "order flips", "tokens read", "tokens written", "cost"]
+        cost = lambda mine, price: (mine["read"] * price[0] + mine["written"] * price[1]) / 1e6
+        lines = [
+            [
+                judge,
+                f"{mine['replies']:,}",
+                f"{mine['invalid']:,}",
+                f"{mine['flips']:,} of {mine['asked']:,}" if mine["asked"] else "",
+                f"{mine['read']:,}",
+                f"{mine['written']:,}",
+                money(cost(mine, prices[judge])) if judge in prices else "no price given",
+            ]
+            for judge, mine in self._by_judge.items()
+        ]
+        return table(columns, lines)
 
 
 def _rule(limit: int, tie_below: float) -> list[str]:
@@ -274,8 +294,9 @@ def _by_hand(given: argparse.Namespace) -> int:
         verdicts = {
             row_id: [one for one in mine if one.judge not in given.gold_judge] for row_id, mine in verdicts.items()
         }
-    ranked = read_rows(given.preferences) if given.preferences else None
-    shown = write(given.out, rows, verdicts, gold=gold, ranked=ranked, tie_below=given.tie_below, limit=given.limit)
+    ranked = RowTable(given.preferences) if given.preferences else None
+    judged = ((row, verdicts.get(row.id, ())) for row in rows)
+    shown = write(given.out, judged, gold=gold, ranked=ranked, tie_below=given.tie_below, limit=given.limit)
     print(f"{given.out}: {len(shown)} comparisons")
     return 0
 

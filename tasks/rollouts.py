@@ -6,14 +6,17 @@ Several processes (torchrun) share the prompts.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import contextlib
+import itertools
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rankwise.rows import read_rows, write_rows
-from rankwise.types import Answer, Row, UserError, show_prompt
+from rankwise.rows import RowTable, write_rows
+from rankwise.types import Row, UserError, show_prompt
+from tasks.answers import Summary
 from tasks.params import below, param
 from tasks.stage import Stage, is_first_rank, main
 
@@ -76,23 +79,27 @@ class Paths:
 
 def run(params: Params, paths: Paths, stage: Stage) -> None:
     table = paths.prompts / "rollout.parquet"
-    prompts = read_rows(table)
-    if not prompts:
+    prompts = RowTable(table)
+    if not len(prompts):
         if is_first_rank():
             write_rows(paths.rollouts, [])
         stage.log(f"{table} holds no prompt: the preferences are imported, nothing is sampled")
         stage.finish({"prompts": 0})
         return
     requests = _requests(params, paths, stage.round)
-    own = _own_answers(prompts, table) if params.data_answers else []
-    answered = _sample(prompts, requests, stage)
-    if not is_first_rank():
-        return
-    rows = _together(answered, requests, own)
-    write_rows(paths.rollouts, rows)
-    metrics = _report(answered, requests, stage)
+    if params.data_answers:
+        _check_own_answers(prompts, table)
+    summaries = {source: _summary(asked) for source, asked in requests.items()}
+    with _sampled(prompts, requests, summaries, stage) as answered:
+        rows = _together(answered, requests, prompts if params.data_answers else None)
+        if not is_first_rank():
+            for _ in rows:  # shares the work, and gets none
+                raise AssertionError
+            return
+        write_rows(paths.rollouts, rows)
+    metrics = _report(summaries, stage)
     stage.tracker.dataset(table, "prompts")
-    stage.tracker.table("rollouts", [_shown(row) for row in rows[:SAMPLE_ROWS]])
+    stage.tracker.table("rollouts", [_shown(row) for row in itertools.islice(RowTable(paths.rollouts), SAMPLE_ROWS)])
     stage.finish(metrics)
     _check(metrics, params, "rollouts")
     if params.teacher is not None:
@@ -172,35 +179,53 @@ def _teacher(teacher: TeacherParams, paths: Paths) -> Path | None:
     return None
 
 
-def _sample(prompts: Sequence[Row], requests: dict[str, Request], stage: Stage) -> dict[str, list[Row]]:
-    """Rows of answers for each source; empty on all processes of a launch but the first."""
-    from rankwise.rollouts import sample_rows
+@contextlib.contextmanager
+def _sampled(
+    prompts: RowTable, requests: dict[str, Request], summaries: dict[str, Summary], stage: Stage
+) -> Iterator[dict[str, Iterable[Row]]]:
+    """Rows of answers for each source; none on all processes of a launch but the first.
+
+    With two sources, the first one's rows are on disk until the second has answered: no two models are in memory.
+    """
+    from rankwise.rollouts import Work, sampled
     from rankwise.store import Store
 
-    answered = {}
-    with Store(stage.store("rollouts")) as store:
-        for source, asked in requests.items():
-            answered[source], work = sample_rows(prompts, asked, store)
-            whose = "" if source == "policy" else f" by the {source}"
-            stage.log(f"{work.computed} of {len(prompts)} prompts answered now{whose}, the rest were in the store")
-            stage.timings[f"{source}_prompts_computed"] = work.computed
-            stage.timings[f"{source}_tokens_per_second"] = work.tokens_per_second
-    return answered
+    def rows_of(source: str) -> Iterator[Row]:
+        work = Work()
+        yield from summaries[source].of(sampled(prompts, requests[source], store, work))
+        whose = "" if source == "policy" else f" by the {source}"
+        stage.log(f"{work.computed} of {len(prompts)} prompts answered now{whose}, the rest were in the store")
+        stage.timings[f"{source}_prompts_computed"] = work.computed
+        stage.timings[f"{source}_tokens_per_second"] = work.tokens_per_second
+
+    *others, last = requests
+    with (
+        Store(stage.store("rollouts")) as store,
+        tempfile.TemporaryDirectory(dir=stage.store("rollouts").parent) as scratch,
+    ):
+        answered: dict[str, Iterable[Row]] = {}
+        for source in others:
+            write_rows(Path(scratch, source), rows_of(source), key=None)
+            answered[source] = RowTable(Path(scratch, source), key=None)
+        yield answered | {last: rows_of(last)}
 
 
-def _own_answers(prompts: Sequence[Row], table: Path) -> list[Answer]:
-    """The data's answer to each prompt; raises UserError where one has none."""
-    without = [row.id for row in prompts if not row.answers]
-    if without:
+def _check_own_answers(prompts: RowTable, table: Path) -> None:
+    """Raises UserError where a prompt has no answer of the data."""
+    count, first = 0, []
+    for row in prompts:
+        if not row.answers:
+            count += 1
+            first += [row.id] if len(first) < 10 else []
+    if count:
         raise UserError(
-            f"rollouts.data_answers: {len(without)} of {len(prompts)} prompts of {table} have no answer in the data: "
-            f"{', '.join(without[:10])}{' …' if len(without) > 10 else ''}; name a file with answers in "
+            f"rollouts.data_answers: {count} of {len(prompts)} prompts of {table} have no answer in the data: "
+            f"{', '.join(first)}{' …' if count > 10 else ''}; name a file with answers in "
             "prompts.files.rollout, or set it to false"
         )
-    return [row.answers[0] for row in prompts]
 
 
-def _together(answered: dict[str, list[Row]], requests: dict[str, Request], own: Sequence[Answer]) -> list[Row]:
+def _together(answered: dict[str, Iterable[Row]], requests: dict[str, Request], own: RowTable | None) -> Iterable[Row]:
     """One row a prompt: the policy's answers, then the teacher's, then the data's, those that there are."""
     from rankwise.rollouts import same_tokenizer, with_teacher
 
@@ -209,67 +234,23 @@ def _together(answered: dict[str, list[Row]], requests: dict[str, Request], own:
         theirs = requests["teacher"].folder
         same = theirs is not None and same_tokenizer(requests["policy"].folder, theirs)
         rows = with_teacher(rows, answered["teacher"], same_tokenizer=same)
-    return [replace(row, answers=(*row.answers, one)) for row, one in zip(rows, own)] if own else rows
+    if own is None or not is_first_rank():
+        return rows
+    return (replace(row, answers=(*row.answers, prompt.answers[0])) for row, prompt in zip(rows, own))
 
 
-def _report(answered: dict[str, list[Row]], requests: dict[str, Request], stage: Stage) -> dict[str, Any]:
+def _report(summaries: dict[str, Summary], stage: Stage) -> dict[str, Any]:
     """Figures, and the numbers of metrics.json: the policy's, and in a section of its own the teacher's."""
+    for source, found in summaries.items():
+        found.draw(stage.plots / f"{source}.png", title=f"The {source}'s answers")
+    metrics = {source: found.as_json() for source, found in summaries.items()}
+    return {**metrics.pop("policy"), **metrics}
+
+
+def _summary(asked: Request) -> Summary:
     from rankwise.checkpoints import load_tokenizer
 
-    found = {}
-    for source, rows in answered.items():
-        folder = requests[source].folder
-        found[source] = summary(rows, eos=folder and load_tokenizer(folder).eos_token_id)
-        _draw(rows, stage.plots / f"{source}.png", title=f"The {source}'s answers")
-    return {**found.pop("policy"), **found}
-
-
-def _draw(rows: Sequence[Row], path: Path, *, title: str) -> None:
-    from tasks import plots
-
-    known = [answer for row in rows for answer in row.answers if answer.token_ids is not None]
-    if not known:  # a server that gives text alone
-        return
-    ended, cut = ([len(a.token_ids) for a in known if a.finish_reason == reason] for reason in ("stop", "length"))
-    plots.answers(ended, cut, _different(rows), path, k=len(rows[0].answers), title=title)
-
-
-def _different(rows: Sequence[Row]) -> list[int]:
-    """How many of a row's answers differ, blanks at their ends aside."""
-    return [len({answer.text.strip() for answer in row.answers}) for row in rows]
-
-
-def summary(rows: Sequence[Row], *, eos: int | None) -> dict[str, Any]:
-    """Lengths, finish reasons, diversity, duplicates, and what engines left out.
-
-    Args:
-        eos: the end token of the tokenizer that the answers' ids are of; None where that is not known.
-    """
-    from rankwise.evaluation import distinct_n
-
-    answers = [answer for row in rows for answer in row.answers]
-    texts, different = [answer.text for answer in answers], _different(rows)
-    lengths = sorted(len(answer.token_ids) for answer in answers if answer.token_ids is not None)
-    share = lambda hits: sum(hits) / len(answers)
-    return {
-        "prompts": len(rows),
-        "answers": len(answers),
-        "finish_reasons": dict(sorted(Counter(answer.finish_reason for answer in answers).items())),
-        "cut_share": share(answer.finish_reason == "length" for answer in answers),
-        "eos_share": share(bool(answer.token_ids) and answer.token_ids[-1] == eos for answer in answers),
-        "empty_share": share(not text.strip() for text in texts),
-        # Of the answers after the first of their row: 0 where all differ, 1 where each row says one thing, whatever K.
-        "duplicate_share": (len(answers) - sum(different)) / max(1, len(answers) - len(rows)),
-        "rows_with_duplicates": sum(n < len(row.answers) for n, row in zip(different, rows)),
-        "rows_all_alike": sum(n == 1 < len(row.answers) for n, row in zip(different, rows)),
-        "tokens_mean": sum(lengths) / len(lengths) if lengths else 0.0,
-        "tokens_p95": lengths[int(0.95 * (len(lengths) - 1))] if lengths else 0,
-        "distinct_1": distinct_n(texts, 1),
-        "distinct_2": distinct_n(texts, 2),
-        "without_token_ids": sum(answer.token_ids is None for answer in answers),
-        "without_logps": sum(answer.logps is None for answer in answers),
-        "engines": dict(sorted(Counter(answer.engine for answer in answers).items())),
-    }
+    return Summary(eos=asked.folder and load_tokenizer(asked.folder).eos_token_id)
 
 
 def _check(metrics: dict[str, Any], params: Params, section: str) -> None:

@@ -8,16 +8,17 @@ reference itself. What does not is refused by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from rankwise.arrow_rows import values
 from rankwise.fingerprint import weights_digest
-from rankwise.rows import read_rows, read_table
-from rankwise.table_checks import REBUILD, conform
+from rankwise.rows import RowTable, read_parts, readable
+from rankwise.table_checks import REBUILD
 from rankwise.types import Row, UserError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ LIMITS = ("max_prompt_tokens", "max_answer_tokens")
 class ScoredRows:
     """Ranked rows with their reference log-probabilities, checked to be of these very rows."""
 
-    texts: dict[str, Row]  # by id, as people read them
+    texts: dict[str, Row]  # by id, as people read them; empty where they were not asked for
     training: list[TokenRow]
     held_out: list[TokenRow]
     references: dict[str, list[float]]  # by id: Σ log π_ref of each answer, nats, best answer first
@@ -48,6 +49,7 @@ def load(
     *,
     precision: str,
     soft: bool,
+    texts: bool = False,
 ) -> ScoredRows:
     """Training rows, held-out rows, and each row's reference log-probabilities.
 
@@ -55,6 +57,7 @@ def load(
         model: the reference's folder.
         precision: dpo.precision.
         soft: whether the loss needs the judge's strengths.
+        texts: whether the rows' texts are kept too, which take most of the memory.
 
     Raises UserError where the tables, the weights or the precision do not belong together.
     """
@@ -66,47 +69,74 @@ def load(
     _check_origin(meta, reference, model, weights, precision)
     # The same limits as the reference pass had, or the keys below would not be those of the same tokens.
     renderer = Renderer(tokenizer, **{name: meta[name] for name in LIMITS})
-    rows = read_rows(preferences)
-    if soft:
-        _check_strengths(rows, preferences)
-    rendered = {row.id: renderer.render(row) for row in rows}
-    wrong = [
-        row.id
-        for row in rendered.values()
-        if row.id not in known or known[row.id]["key"] != key_of(row, weights=weights, precision=precision)
-    ]
-    if wrong:
+    found = ScoredRows(texts={}, training=[], held_out=[], references={}, reference=weights)
+    wrong, without, table = _Named(), _Named(), RowTable(preferences)
+    for row in table:
+        tokens = renderer.render(row)
+        key, logps = known.pop(row.id, ("", []))
+        if key != key_of(tokens, weights=weights, precision=precision):
+            wrong.add(row.id)
+        if soft and any(answer.strength is None for answer in row.answers):
+            without.add(row.id)
+        found.references[row.id] = logps
+        if texts:
+            found.texts[row.id] = row
+        split = row.meta.get("split", "train")
+        if split in ("train", "held_out"):
+            (found.training if split == "train" else found.held_out).append(tokens)
+    if without.count:
         raise UserError(
-            f"{reference}: {len(wrong)} of {len(rendered)} rows have no reference log-probability for their "
-            f"tokens: {', '.join(wrong[:10])}{' …' if len(wrong) > 10 else ''}; run stage reference_logprobs again"
+            f"{preferences}: {without} of {len(table)} rows have answers without a strength: {without.first}; "
+            "dpo.loss soft_plackett_luce learns a judge's probabilities, and imported rankings have none: set dpo.loss "
+            "to plackett_luce, or have a judge rank these answers"
         )
-    split = {row.id: row.meta.get("split", "train") for row in rows}
-    return ScoredRows(
-        texts={row.id: row for row in rows},
-        training=[row for row in rendered.values() if split[row.id] == "train"],
-        held_out=[row for row in rendered.values() if split[row.id] == "held_out"],
-        references={row_id: record["logps"] for row_id, record in known.items()},
-        reference=weights,
-    )
+    if wrong.count:
+        raise UserError(
+            f"{reference}: {wrong} of {len(table)} rows have no reference log-probability for their "
+            f"tokens: {wrong.first}; run stage reference_logprobs again"
+        )
+    return found
 
 
-def read_reference(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """What a table of reference log-probabilities is of, and its records by the row's id: {"id", "key", "logps"}.
+class _Named:
+    """Rows that something is wrong with: how many, and the first of them."""
+
+    def __init__(self) -> None:
+        self.count, self._ids = 0, []
+
+    def add(self, row_id: str) -> None:
+        self.count += 1
+        if len(self._ids) < 10:
+            self._ids.append(row_id)
+
+    def __str__(self) -> str:
+        return str(self.count)
+
+    @property
+    def first(self) -> str:
+        return ", ".join(self._ids) + (" …" if self.count > len(self._ids) else "")
+
+
+def read_reference(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, list[float]]]]:
+    """What a table of reference log-probabilities is of, and by the row's id its key and log-probabilities.
 
     Raises UserError where the file is missing or is no such table.
     """
-    table = read_table(path)
+    with readable(path):
+        schema = pq.read_schema(path)
     text = lambda data: data.decode("utf-8", "replace")
-    meta: dict[str, Any] = {text(name): text(value) for name, value in (table.schema.metadata or {}).items()}
+    meta: dict[str, Any] = {text(name): text(value) for name, value in (schema.metadata or {}).items()}
     lacking = [name for name in ("reference", "precision", *LIMITS) if name not in meta]
-    lacking += [name for name in SCHEMA.names if name not in table.column_names]
+    lacking += [name for name in SCHEMA.names if name not in schema.names]
     if lacking or not all(re.fullmatch("[0-9]{1,9}", meta[name]) for name in LIMITS):
         why = f"it lacks {', '.join(lacking)}" if lacking else "its limits are no numbers"
         raise UserError(f"{path}: no table of reference log-probabilities ({why}); {REBUILD}")
-    records = conform(path, table, SCHEMA, may_be_null=()).to_pylist()
-    known = {record["id"]: record for record in records}
-    if len(known) < len(records):
-        raise UserError(f"{path}: an id occurs twice; {REBUILD}")
+    known: dict[str, tuple[str, list[float]]] = {}
+    for part in read_parts(path, SCHEMA, may_be_null=()):
+        for row_id, key, logps in zip(*map(values, part.columns)):
+            if row_id in known:
+                raise UserError(f"{path}: an id occurs twice; {REBUILD}")
+            known[row_id] = (key, logps)
     return {**meta, **{name: int(meta[name]) for name in LIMITS}}, known
 
 
@@ -121,15 +151,4 @@ def _check_origin(meta: dict[str, Any], reference: Path, model: Path, weights: s
         raise UserError(
             f"dpo.precision is {precision!r}, the reference was computed in {meta['precision']!r}; their "
             "difference would be noise in every margin: set both alike"
-        )
-
-
-def _check_strengths(rows: Sequence[Row], path: Path) -> None:
-    """Raises UserError where answers have no strength: a label without a probability cannot be soft."""
-    without = [row.id for row in rows if any(answer.strength is None for answer in row.answers)]
-    if without:
-        raise UserError(
-            f"{path}: {len(without)} of {len(rows)} rows have answers without a strength: {', '.join(without[:10])}"
-            f"{' …' if len(without) > 10 else ''}; dpo.loss soft_plackett_luce learns a judge's probabilities, and "
-            "imported rankings have none: set dpo.loss to plackett_luce, or have a judge rank these answers"
         )

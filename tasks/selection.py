@@ -7,9 +7,7 @@ known rate. Only training rows are touched: whatever was selected, held-out rows
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rankwise.fingerprint import digest
 from rankwise.types import Answer, Row
@@ -32,30 +30,14 @@ def first_answers(row: Row, select: SelectParams) -> Row:
     return replace(row, answers=row.answers[: select.answers]) if limited else row
 
 
-def selected(rows: Iterable[Row], select: SelectParams) -> list[Row]:
-    """Ranked rows, best answer first, as they are to be trained on."""
-    kept = []
-    for row in rows:
-        if row.meta["split"] != "train":
-            kept.append(row)
-        elif _chance("prompts", row) < select.prompts:
-            row = replace(row, answers=_noisy(row, select.top_noise))
-            kept.append(replace(row, answers=(row.answers[0], row.answers[-1])) if select.ends else row)
-    return kept
-
-
-def counts(before: Sequence[Row], after: Sequence[Row], select: SelectParams) -> dict[str, Any]:
-    """For the report; empty where the rows are taken whole."""
-    if select == SelectParams():
-        return {}
-    of_best = {row.id: row.answers[0].text for row in before}
-    return {
-        "selected": {
-            "rows_left_out": len(before) - len(after),
-            "answers": sum(len(row.answers) for row in after if row.meta["split"] == "train"),
-            "tops_changed": sum(row.answers[0].text != of_best[row.id] for row in after),
-        }
-    }
+def selected(row: Row, select: SelectParams) -> Row | None:
+    """A ranked row, best answer first, as it is to be trained on; None: it is left out."""
+    if row.meta["split"] != "train":
+        return row
+    if _chance("prompts", row) >= select.prompts:
+        return None
+    row = replace(row, answers=_noisy(row, select.top_noise))
+    return replace(row, answers=(row.answers[0], row.answers[-1])) if select.ends else row
 
 
 def _noisy(row: Row, probability: float) -> tuple[Answer, ...]:

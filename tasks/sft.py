@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.fingerprint import file_digest, tokenizer_digest, weights_digest
-from rankwise.rows import read_rows
+from rankwise.rows import RowTable
 from rankwise.types import UserError
 from tasks.params import param
 from tasks.stage import Stage, main
@@ -49,7 +49,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
         renderer = Renderer(
             tokenizer, max_prompt_tokens=params.max_prompt_tokens, max_answer_tokens=params.max_answer_tokens
         )
-        rows = [renderer.render(row) for row in read_rows(table)]
+        rows = [renderer.render(row) for row in RowTable(table)]
         if len(rows) <= params.held_out:
             raise UserError(
                 f"{table}: {len(rows)} rows, of which sft.held_out keeps {params.held_out} out of training; "

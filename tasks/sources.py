@@ -14,12 +14,13 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rankwise.types import Row, UserError, show_prompt
+from rankwise.seen import Seen
+from rankwise.types import Answer, Message, Row, UserError, show_prompt
 from tasks.formats import BadRecord, near, records, show, spell
 from tasks.params import param
 from tasks.shapes import COLUMNS, SHAPES, LeftOut, Shape, read_parts, text_of
@@ -92,7 +93,8 @@ class _Reader:
     def __init__(self, path: Path | str, file: File, opening_words: int):
         self.path, self.file, self.opening_words = path, file, opening_words
         self.shape: Shape | None = None
-        self.seen: dict[str, str] = {}  # id -> where
+        self.seen = Seen()  # ids, and where
+        self._mapped = {*file.columns, *file.columns.values()}
         for own, standard in file.columns.items():
             known = COLUMNS | {*IDS, *KEPT, "text", "rank", "score", "model"}
             if standard not in known:
@@ -111,10 +113,8 @@ class _Reader:
             prompt, answers = read_parts(own, self.shape, opening_words=self.opening_words, chat=self.file.chat)
         except BadRecord as bad:
             raise BadRecord(f"(id {_cut(named)}) {bad}" if named is not None else str(bad)) from None
-        content = [[asdict(message) for message in prompt], [[a.text, a.rank] for a in answers]]
-        row = Row(
-            id=self._id(named, content, place), prompt=prompt, answers=answers, meta=self._meta({**record, **own})
-        )
+        row_id = self._id(named, prompt, answers, place)
+        row = Row(id=row_id, prompt=prompt, answers=answers, meta=self._meta({**record, **own}))
         self._leave_out(row)
         return row
 
@@ -140,7 +140,7 @@ class _Reader:
     def _renamed(self, record: dict) -> dict:
         columns = self.file.columns
         # A mapped column takes the place of any that has the standard name already.
-        renamed = {name: value for name, value in record.items() if name not in {*columns, *columns.values()}}
+        renamed = {name: value for name, value in record.items() if name not in self._mapped}
         for own, standard in columns.items():
             column, _, key = own.partition(".") if own not in record else (own, "", "")
             if column not in record:
@@ -168,8 +168,10 @@ class _Reader:
             + f"map your own names with columns: {{own: standard}}. The shapes:\n{shapes}"
         )
 
-    def _id(self, named: Any, content: list, place: str) -> str:
+    def _id(self, named: Any, prompt: Sequence[Message], answers: Sequence[Answer], place: str) -> str:
         if named is None:
+            turns = [{"role": turn.role, "content": turn.content} for turn in prompt]
+            content = [turns, [[answer.text, answer.rank] for answer in answers]]
             row_id = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
             if row_id in self.seen:
                 raise LeftOut("exact duplicate")
@@ -177,12 +179,11 @@ class _Reader:
             row_id = text_of(str(named), "id")
         else:
             raise BadRecord(f"an id (text or a whole number) was expected, found {show(named)}")
-        if row_id in self.seen:
+        if (first := self.seen.first(row_id, place)) is not None:
             raise BadRecord(
-                f"id {_cut(row_id)} occurs twice, first at {self.seen[row_id]}; make ids unique, or map the column to "
+                f"id {_cut(row_id)} occurs twice, first at {first}; make ids unique, or map the column to "
                 "something else, as in columns: {prompt_id: group}"
             )
-        self.seen[row_id] = place
         return row_id
 
     def _meta(self, record: dict) -> dict[str, Any]:

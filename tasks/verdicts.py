@@ -7,13 +7,14 @@ file of stored verdicts does not speak of is unanswered, and counts as no reply.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.rows import read_rows
-from rankwise.types import Row, UserError
+from rankwise.rows import RowTable
+from rankwise.types import UserError
 from tasks.judges import JudgeParams, Member, common_family, make_panel
 from tasks.params import param
 from tasks.stage import Stage, main
@@ -44,25 +45,17 @@ class Paths:
 
 def run(params: Params, paths: Paths, stage: Stage) -> None:
     from rankwise.rubrics import READER
-    from rankwise.verdicts import read_verdicts, write_verdicts
+    from rankwise.verdicts import joined, write_verdicts
     from tasks import review
 
-    rows = read_rows(paths.rollouts)
-    table, metrics = [], {}
-    for member in _members(params, paths) if rows and params.judge else ():
-        replies = _ask(member, rows, stage)
-        family = common_family(member.params, member.judge.name, source=paths.source, generator=paths.generator)
-        found = {**summary(member.judge, replies), "same_family_as_generator": int(bool(family))}
-        _tell(found, family, stage)
-        metrics[member.section] = found
-        table += [(member.judge.name, member.judge.identity, reply) for reply in replies]
-    write_verdicts(paths.verdicts, table)
-    said = read_verdicts(paths.verdicts, {row.id: row for row in rows})
-    shown = review.write(stage.report / "review.html", rows, said)
+    rows, told = RowTable(paths.rollouts), {}
+    count = write_verdicts(paths.verdicts, _replies(params, paths, rows, told, stage))
+    shown = review.write(stage.report / "review.html", joined(paths.verdicts, rows))
     if shown:
         stage.tracker.table("review", shown)
     stage.tracker.dataset(paths.rollouts, "rollouts")
-    stage.finish({"verdicts": len(table), "reader": READER, **metrics})
+    metrics = {section: found.as_json() for section, found in told.items()}
+    stage.finish({"verdicts": count, "reader": READER, **metrics})
     for section, found in metrics.items():
         if found["questions"] and found["unanswered"] == found["questions"]:
             raise UserError(
@@ -72,52 +65,95 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
         if found["invalid_share"] == 1:
             raise UserError(
                 f"verdicts: none of the {found['questions']} replies of {found['name']} could be read, the last one "
-                f"because of this: {_last_reason(table, found['name'])}. See them in {paths.verdicts}, columns raw and "
+                f"because of this: {told[section].last_reason}. See them in {paths.verdicts}, columns raw and "
                 f"reason; correct the judge ({section}), or take another"
             )
 
 
-def summary(judge: Judge, replies: Sequence[Reply]) -> dict[str, Any]:
-    """How a judge replied; what its replies are worth is measured by stage audit_judge. Equal from run to run."""
-    valid = [reply for reply in replies if reply.values is not None]
-    answered = sum(reply.answered for reply in replies)
-    found = {
-        "name": judge.name,
-        "questions": len(replies),
-        "unanswered": len(replies) - answered,
-        "invalid": answered - len(valid),
-        "invalid_share": (answered - len(valid)) / max(1, answered),
-        "asked_again_share": sum(reply.question.attempt > 0 for reply in replies) / max(1, len(replies)),
-        "prompt_tokens": sum(reply.prompt_tokens for reply in replies),
-        "completion_tokens": sum(reply.completion_tokens for reply in replies),
-        "controls": sum(reply.controls for reply in replies),
-    }
-    if judge.pairwise and valid:
-        found["mass_mean"] = sum(reply.mass for reply in valid) / len(valid)
-    return found
+def _replies(
+    params: Params, paths: Paths, rows: RowTable, told: dict[str, Summary], stage: Stage
+) -> Iterator[tuple[str, str, Reply]]:
+    """(judge's name, its identity, reply), judge by judge; told gets what each of them amounts to."""
+    for member in _members(params, paths) if len(rows) and params.judge else ():
+        judge = member.judge
+        family = common_family(member.params, judge.name, source=paths.source, generator=paths.generator)
+        found = told[member.section] = Summary(judge, same_family=bool(family))
+        for reply in _ask(member, rows, stage):
+            found.add(reply)
+            yield judge.name, judge.identity, reply
+        _tell(found.as_json(), family, stage)
+
+
+class Summary:
+    """How a judge replied, counted as replies pass; what they are worth is measured by stage audit_judge.
+
+    Equal from run to run.
+    """
+
+    def __init__(self, judge: Judge, *, same_family: bool):
+        self._judge, self._same_family = judge, same_family
+        self._counts: Counter[str] = Counter()
+        self._mass = 0.0
+        self.last_reason = ""  # of the last reply
+
+    def add(self, reply: Reply) -> None:
+        counts = self._counts
+        counts["questions"] += 1
+        counts["answered"] += reply.answered
+        counts["asked_again"] += reply.question.attempt > 0
+        counts["prompt_tokens"] += reply.prompt_tokens
+        counts["completion_tokens"] += reply.completion_tokens
+        counts["controls"] += reply.controls
+        if reply.values is not None:
+            counts["valid"] += 1
+            self._mass += reply.mass
+        self.last_reason = reply.reason
+
+    def as_json(self) -> dict[str, Any]:
+        counts = self._counts
+        invalid = counts["answered"] - counts["valid"]
+        found = {
+            "name": self._judge.name,
+            "questions": counts["questions"],
+            "unanswered": counts["questions"] - counts["answered"],
+            "invalid": invalid,
+            "invalid_share": invalid / max(1, counts["answered"]),
+            "asked_again_share": counts["asked_again"] / max(1, counts["questions"]),
+            "prompt_tokens": counts["prompt_tokens"],
+            "completion_tokens": counts["completion_tokens"],
+            "controls": counts["controls"],
+            "same_family_as_generator": int(self._same_family),
+        }
+        if self._judge.pairwise and counts["valid"]:
+            found["mass_mean"] = self._mass / counts["valid"]
+        return found
 
 
 def _members(params: Params, paths: Paths) -> Iterator[Member]:
     return make_panel(params.judge, params.panel, trained=paths.reward_model, source=paths.source, where="verdicts")
 
 
-def _ask(member: Member, rows: Sequence[Row], stage: Stage) -> list[Reply]:
-    from rankwise.judging import judge_rows
+def _ask(member: Member, rows: RowTable, stage: Stage) -> Iterator[Reply]:
+    from rankwise.judging import Asked, judged
     from rankwise.store import Store
 
-    judge = member.judge
+    judge, asked, count = member.judge, Asked(), 0
     with Store(stage.store("verdicts")) as store:
         what = f"verdicts of {judge.name}"
-        replies, asked = judge_rows(judge, rows, store, what=what, pairs_up_to=member.params.pairs_up_to)
-    stage.log(f"{judge.name}: {asked} verdicts asked now, {max(0, len(replies) - asked)} known before")
-    stage.timings[f"{member.section}_asked"] = asked
+        for _, replies in judged(judge, rows, store, asked, what=what, pairs_up_to=member.params.pairs_up_to):
+            count += len(replies)
+            for reply in replies:
+                if member.params.kind == "stored":
+                    judge.notice(reply.question)
+                yield reply
+    stage.log(f"{judge.name}: {asked.now} verdicts asked now, {max(0, count - asked.now)} known before")
+    stage.timings[f"{member.section}_asked"] = asked.now
     if member.params.kind == "stored":
-        idle, lines = judge.idle(reply.question for reply in replies)
+        idle, lines = judge.idle()
         if idle:
             stage.log(f"{judge.name}: {idle} of {lines} lines speak of no pair asked about")
     if hasattr(judge, "spent"):
         _tell_spending(member, judge.spent(), stage)
-    return replies
 
 
 def _tell_spending(member: Member, spent: Spending, stage: Stage) -> None:
@@ -147,10 +183,6 @@ def _tell(found: dict[str, Any], family: str, stage: Stage) -> None:
             f"warning: {name} and the model that gave the answers may both be of the family {family}: judges favour "
             "their own family's answers; hold this one against people, or add one of another family to the panel"
         )
-
-
-def _last_reason(table: Sequence[tuple[str, str, Reply]], name: str) -> str:
-    return [reply.reason for judge, _, reply in table if judge == name][-1]
 
 
 if __name__ == "__main__":

@@ -134,11 +134,11 @@ def test_length_bias_counts_strict_pairs_and_half_a_pair_for_equal_lengths():
 
 def test_the_interval_of_length_bias_is_wilsons_and_rankings_count_as_rows():
     """40 of 100: Wilson's 95 % interval is [0.3094, 0.4980]; the same pairs in rows of ten alike are ten looks."""
-    single = length_bias([(1.0, 1)] * 40 + [(0.0, 1)] * 60)
+    single = length_bias({(1.0, 1): 40, (0.0, 1): 60})
     assert single.interval == pytest.approx((0.3094, 0.4980), abs=1e-3)
-    clustered = length_bias([(10.0, 10)] * 4 + [(0.0, 10)] * 6)
+    clustered = length_bias({(10.0, 10): 4, (0.0, 10): 6})
     assert clustered.interval == pytest.approx((0.1682, 0.6873), abs=1e-3)
-    one_ranking = length_bias([(45.0, 45)])
+    one_ranking = length_bias({(45.0, 45): 1})
     assert one_ranking.interval == pytest.approx((1 / (1 + 1.96**2), 1.0), abs=1e-3)
 
 

@@ -64,8 +64,25 @@ def row(name: str, *texts: str, prompt: str = "say something") -> Row:
 def found(rows, verdicts, gold=None, **more) -> dict[tuple[str, int, int], dict[str, float]]:
     """Kinds of doubt by row and places, preferred answer first."""
     by_row = lambda some: {name: list(mine) for name, mine in itertools.groupby(some, key=lambda one: one.row_id)}
-    compared = doubts.compare(rows, by_row(verdicts), by_row(gold or ()), **more)
+    compared = compare(rows, by_row(verdicts), by_row(gold or ()), **more)
     return {(one.row.id, one.left, one.right): one.kinds for one in compared}
+
+
+def compare(rows, by_row, gold=None, **more) -> list[doubts.Comparison]:
+    of = lambda some, row: some.get(row.id, ())
+    return [one for row in rows for one in doubts.compare(row, of(by_row, row), of(gold or {}, row), **more)]
+
+
+def choose(compared, limit):
+    chosen = doubts.Chosen(limit)
+    for one in compared:
+        chosen.add(one)
+    shown, totals = chosen.shown()
+    return [one for one, _ in shown], totals
+
+
+def judged(rows, by_row):
+    return ((row, by_row.get(row.id, ())) for row in rows)
 
 
 class Seen(HTMLParser):
@@ -104,7 +121,7 @@ def written(path: Path, rows, verdicts, **more) -> str:
     by_row: dict[str, list[Verdict]] = {}
     for one in verdicts:
         by_row.setdefault(one.row_id, []).append(one)
-    review.write(path, rows, by_row, **more)
+    review.write(path, judged(rows, by_row), **more)
     return path.read_text(encoding="utf-8")
 
 
@@ -155,7 +172,7 @@ def test_what_a_file_does_not_answer_is_no_invalid_reply(tmp_path):
 def test_an_invalid_reply_is_shown_with_the_answers_that_it_saw_and_makes_no_label():
     said = [verdict("a", (1, 2), None, reason="no JSON"), *both_orders("a", 1, 2, 1.0)[1:]]
     assert found([row("a", "x", "y", "z")], said) == {("a", 1, 2): {"invalid": 0.0}}
-    shown, _ = doubts.choose(doubts.compare([row("a", "x", "y", "z")], {"a": said}), 3)
+    shown, _ = choose(compare([row("a", "x", "y", "z")], {"a": said}), 3)
     assert shown[0].odds is None
 
 
@@ -171,7 +188,7 @@ def test_judges_that_cancel_out_are_a_tie_whatever_the_rounding():
         *both_orders("a", 0, 1, -1.1, judge="other"),
         *both_orders("a", 0, 1, 0.0, judge="x"),
     ]
-    compared = doubts.compare([row("a", "x", "y")], {"a": said}, {"a": both_orders("a", 1, 0, LOG3, judge="people")})
+    compared = compare([row("a", "x", "y")], {"a": said}, {"a": both_orders("a", 1, 0, LOG3, judge="people")})
     assert [(one.odds, set(one.kinds), one.neighbours) for one in compared] == [(0.0, {"panel"}, False)]
 
 
@@ -196,7 +213,7 @@ def test_the_more_contradictions_meet_the_earlier_and_then_the_surer_they_are():
     said += both_orders("d", 0, 1, 3.0)
     gold = {"c": both_orders("c", 1, 0, LOG3, judge="people")}
     by_row = {name: [one for one in said if one.row_id == name] for name in "abcd"}
-    shown, totals = doubts.choose(doubts.compare(rows, by_row, gold), 10)
+    shown, totals = choose(compare(rows, by_row, gold), 10)
     assert [one.row.id for one in shown] == ["c", "b", "a", "d"]
     assert totals["flip"] == (3, 3) and totals["gold"] == (1, 1)
 
@@ -204,9 +221,9 @@ def test_the_more_contradictions_meet_the_earlier_and_then_the_surer_they_are():
 def test_of_each_kind_the_limit_is_shown_and_all_are_counted():
     rows, said = many(400)
     by_row = {r.id: said[2 * n : 2 * n + 2] for n, r in enumerate(rows)}
-    compared = doubts.compare(rows, by_row)
+    compared = compare(rows, by_row)
     flips = [one for one in compared if "flip" in one.kinds]
-    shown, totals = doubts.choose(compared, 7)
+    shown, totals = choose(compared, 7)
     assert totals["flip"][1] == len(flips) > 50 and totals["flip"][0] >= 7
     assert totals["random"] == (7, 400)
     smallest = sorted(compared, key=lambda one: one.gap)[:7]
@@ -274,7 +291,7 @@ def test_ranks_are_those_that_are_trained_on_where_they_are_given(tmp_path):
 
 def test_records_of_the_table_are_the_comparisons_of_the_page(tmp_path):
     rows, said = many(40)
-    records = review.write(tmp_path / "a.html", rows, {r.id: said[2 * n : 2 * n + 2] for n, r in enumerate(rows)})
+    records = review.write(tmp_path / "a.html", [(r, said[2 * n : 2 * n + 2]) for n, r in enumerate(rows)])
     assert (tmp_path / "a.html").read_text().count('<details class="one"') == len(records)
     json.dumps(records, allow_nan=False)
     assert [record["number"] for record in records] == list(range(1, len(records) + 1))
@@ -401,7 +418,7 @@ def test_eight_thousand_verdicts_take_less_than_two_seconds_and_a_small_page(tmp
         places = itertools.combinations(range(4), 2)
         by_row[rows[-1].id] = [v for i, j in places for v in both_orders(rows[-1].id, i, j, rng.gauss(0, 1), 0.3)]
     began = time.process_time()
-    review.write(tmp_path / "page.html", rows, by_row)
+    review.write(tmp_path / "page.html", judged(rows, by_row))
     assert time.process_time() - began < 2.0
     assert sum(map(len, by_row.values())) > 8000
     assert (tmp_path / "page.html").stat().st_size < 2e6

@@ -87,7 +87,9 @@ def test_a_reply_is_orderless_where_every_vote_behind_it_holds_for_both_orders(t
 def test_lines_that_speak_of_nothing_asked_about_are_counted(tmp_path):
     judge = stored(tmp_path, verdict("x", "y"), verdict("y", "z"), verdict("u", "v"), ranking(x=0, y=1))
     asked = [Question(row_id="r1", prompt=PROMPT, answers=("y", "x"), places=(1, 0))]
-    assert judge.idle(asked) == (2, 4)
+    for question in asked:
+        judge.notice(question)
+    assert judge.idle() == (2, 4)
 
 
 # What is answered
