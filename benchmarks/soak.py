@@ -11,8 +11,8 @@ and on a million prompts of the embedded corpus. Models have a few weights, answ
 letters: measured is how tables are read, joined, kept and written; a model's own work grows with its rows anyway.
 MLflow is off.
 
-Every stage is a process of its own. Its peak is that of its resident memory, by the kernel's account; beyond --limit
-(RLIMIT_DATA) the kernel refuses it more, and it fails. Time is CPU time, which other work disturbs least. Start and
+Every stage is a process of its own. Its peak is that of its resident memory, by the kernel's account, and is held
+to --limit; the kernel refuses what is far beyond it (RLIMIT_DATA), and the stage fails. Time is CPU time, which other work disturbs least. Start and
 imports are not a row's: a row's cost is that of the rows by which a run is larger than the one before it.
 Exit status 1 where memory passes the limit or grows with the table, or a row costs more where there are many.
 """
@@ -42,6 +42,7 @@ FACTORS = (1, 5, 20, 50)  # of the default's rows
 RECORDS = 1_000_000
 SIZES = {"sft": 6000, "rollout": 2000, "eval": 300, "labelled": 2000, "labelled_test": 300}  # the default's rows
 LIMIT_MIB = 1536  # of a stage's memory, whatever its rows
+RESERVED_MIB = 1536  # that torch and BLAS ask the kernel for beyond what they ever touch
 GROWTH_BYTES = 200  # of peak memory a row, at most, from the middle size to the largest: a row takes 10 times as much
 SLOWER = 1.5  # times what a row of a table of the smaller sizes costs, at most
 
@@ -161,7 +162,7 @@ def _run(
     """One stage to its end within the limit, and its rows."""
     import pyarrow.parquet as pq
 
-    limited = ("prlimit", f"--data={options.limit * 2**20}") if options.limit else ()
+    limited = ("prlimit", f"--data={(options.limit + RESERVED_MIB) * 2**20}") if options.limit else ()
     try:
         cost = copy.run(*limited, "python", "-m", f"tasks.{stage}", RANKWISE_TRACKING="off")
     except AssertionError as error:
