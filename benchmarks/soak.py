@@ -11,9 +11,10 @@ and on a million prompts of the embedded corpus. Models have a few weights, answ
 letters: measured is how tables are read, joined, kept and written; a model's own work grows with its rows anyway.
 MLflow is off.
 
-Every stage is a process of its own. Its peak is that of its resident memory, by the kernel's account, and is held
-to --limit; the kernel refuses what is far beyond it (RLIMIT_DATA), and the stage fails. Time is CPU time, which other work disturbs least. Start and
-imports are not a row's: a row's cost is that of the rows by which a run is larger than the one before it.
+Every stage is a process of its own. Its peak is that of its resident memory, by the kernel's account, and is held to
+--limit; the kernel refuses what is far beyond it (RLIMIT_DATA), and the stage fails. Time is CPU time, which other work
+disturbs least. Start and imports are not a row's: a row's cost is that of the rows by which a run is larger than the
+one before it.
 Exit status 1 where memory passes the limit or grows with the table, or a row costs more where there are many.
 """
 
