@@ -118,10 +118,6 @@ class Ground:
         """A stage's own command."""
         return self.reference.stages[self.stages.index(stage)]
 
-    def seconds(self, stage: str, phase: str) -> float:
-        """What a phase of a stage took, undisturbed."""
-        return sum(one.seconds for one in self.reference.phases if (one.stage, one.name) == (stage, phase))
-
     def same(self, copy: Copy, *names: str) -> None:
         """Outputs below these names (all, where none is given) have the bytes of the undisturbed run."""
         inside = lambda found: {p: d for p, d in found.items() if not names or p.startswith(names)}

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import csv
 import json
-import math
 import sqlite3
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ground import EPOCHS, Broken, Command, Ground, end, free_port, served
+from benchmarks.ground import Broken, Command, Ground, end, free_port, served
 from benchmarks.scratch import ROOT
 from benchmarks.undisturbed import tree
 
@@ -43,9 +42,8 @@ def _tracker(ground: Ground, options: argparse.Namespace) -> str:
     words += ("--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", str(home / "artifacts"))
     url = f"http://127.0.0.1:{port}"
     copy.environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_TRACKING_URI": url}
-    # An epoch is a step here, and there are enough to outlast the outage; beyond 1000 the tracker would thin them out.
-    epochs = min(900, math.ceil(4 * (options.outage + 10) * EPOCHS / ground.seconds("sft", "work")))
-    longer = ("--set", f"sft.epochs={epochs}", "--set", "sft.batch_size=1000")
+    # An epoch is a step here: enough to outlast the outage; beyond 1000 the tracker would thin them out.
+    longer = ("--set", "sft.epochs=900", "--set", "sft.batch_size=1000")
     copy.run("python", "-m", "tasks.recipe", "tiny.json", *longer)
     server = served(copy, words, port)
     try:
