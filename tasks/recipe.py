@@ -161,7 +161,7 @@ def _lines(params_type: type, values: dict[str, Any], indent: str) -> list[str]:
             lines.append(_commented(f"{indent}{spec.name}:", spec.metadata["doc"]))
             lines += [f"{indent}- {_scalar(item)}" for item in value]
         else:
-            lines.append(_commented(f"{indent}{spec.name}: {_scalar(value)}".rstrip(), spec.metadata["doc"]))
+            lines.append(_commented(f"{indent}{spec.name}: {_scalar(value)}".rstrip(" "), spec.metadata["doc"]))
     return lines
 
 
@@ -174,7 +174,7 @@ def _scalar(value: Any) -> str:
         text = repr(value)
         return text if "." in text or "e" not in text else text.replace("e", ".0e")
     flow = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
-    return flow.removesuffix("\n").removesuffix("\n...").strip()
+    return flow.removesuffix("\n").removesuffix("\n...").strip(" \n")  # a text may be a no-break space
 
 
 def _commented(text: str, doc: str) -> str:

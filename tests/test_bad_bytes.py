@@ -91,7 +91,7 @@ def test_rows_are_the_same_when_written_and_read(tmp_path, rows):
 
 
 @quickly
-@given(value=st.recursive(META, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3)))
+@given(value=st.lists(META, max_size=3) | st.dictionaries(TEXT, META, max_size=3))
 def test_json_that_the_project_writes_is_read_as_it_was(value):
     assert json_text.parse(json.dumps(value)) == value
 
@@ -102,9 +102,7 @@ def test_any_text_and_number_of_a_recipe_comes_back_from_the_params_file(words, 
     where = {name: value for name, value in where.items() if isinstance(value, str) or abs(value) < 2**63}
     files = {"sft": {"path": "a.jsonl", "where": where}}
     text = recipe.render({"rollouts": {"stop": words}, "dpo": {"beta": beta}, "prompts": {"files": files}})
-    wanted = ("rollouts", "dpo", "prompts")
-    kept = "\n".join(block for block in text.split("\n\n") if block.startswith(tuple(f"{name}:" for name in wanted)))
-    read = yaml_text.parse(kept if len(kept) else text)
+    read = yaml_text.parse(text)
     assert read["rollouts"]["stop"] == words and read["dpo"]["beta"] == beta
     assert read["prompts"]["files"]["sft"]["where"] == where
 

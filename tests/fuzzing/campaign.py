@@ -200,4 +200,4 @@ def write(out: Path, tallies: Mapping[str, Tally], command: str, seconds: float)
             "defects": defects,
         }
     report = {"command": command, "seconds": round(seconds, 1), "readers": readers}
-    (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
