@@ -152,7 +152,8 @@ def _md5(text: str) -> str:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    os.fsencode(name)  # or no name of a file can be written so
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
         raise ValueError(f"names a file outside its folder, {name[:60]!r}")
     return folder / name
 
