@@ -460,7 +460,7 @@ def test_a_parameter_of_round_two_reruns_from_there(repository):
 def test_a_count_changed_by_hand_stops_dvc_and_the_flow(repository):
     text = (repository.root / "params.yaml").read_text()
     (repository.root / "params.yaml").write_text(text.replace("  count: 2 ", "  count: 3 "))
-    for words in (["dvc", "repro"], [sys.executable, "-m", "flows.align"]):
+    for words in (["dvc", "repro"], ["python", "-m", "flows.align"]):
         done = subprocess.run(words, cwd=repository.root, env=repository.environment(), capture_output=True, text=True)
         assert done.returncode != 0 and "python -m tasks.recipe params.yaml" in done.stdout + done.stderr
 
@@ -468,7 +468,7 @@ def test_a_count_changed_by_hand_stops_dvc_and_the_flow(repository):
 @pytest.mark.slow
 def test_the_flow_leaves_the_lock_that_dvc_leaves(repository, tmp_path):
     other = Repository(tmp_path / "clone", shortened("spin"))
-    said = other.command(sys.executable, "-m", "flows.align")
+    said = other.command("python", "-m", "flows.align")
     assert "round by round" in said
     assert (other.root / "dvc.lock").read_bytes() == (repository.root / "dvc.lock").read_bytes()
 

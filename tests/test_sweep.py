@@ -7,7 +7,6 @@ import math
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -224,7 +223,7 @@ def swept(tmp_path_factory) -> tuple[Repository, str]:
     """A tiny pipeline and a sweep over it, two points at a time, from nothing."""
     made = Repository(tmp_path_factory.mktemp("sweep") / "clone")
     (made.root / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
-    return made, made.command(sys.executable, "-m", "flows.frontier", "sweep.yaml", "--jobs", "2")
+    return made, made.command("python", "-m", "flows.frontier", "sweep.yaml", "--jobs", "2")
 
 
 @pytest.mark.slow
@@ -242,9 +241,9 @@ def test_a_sweep_runs_from_nothing_to_its_figure(swept):
 
 @pytest.mark.slow
 def test_stopped_in_the_middle_no_point_goes_on_alone_and_the_same_command_continues(tmp_path):
-    made = Repository(tmp_path / "clone")
+    made = Repository(tmp_path / "clone", warm=False)
     (made.root / "sweep.yaml").write_text(yaml.safe_dump({**SWEEP, "seeds": [0], "temperatures": {}}))
-    command = [sys.executable, "-m", "flows.frontier", "sweep.yaml", "--jobs", "2"]
+    command = ["python", "-m", "flows.frontier", "sweep.yaml", "--jobs", "2"]
     flow = subprocess.Popen(
         command, cwd=made.root, env=made.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -280,9 +279,9 @@ def test_one_more_value_costs_its_own_points(swept):
     repository, _ = swept
     methods = {**SWEEP["methods"], "pl": {**SWEEP["methods"]["pl"], "vary": {"dpo.beta": [0.3, 0.6]}}}
     (repository.root / "sweep.yaml").write_text(yaml.safe_dump({**SWEEP, "methods": methods}))
-    said = repository.command(sys.executable, "-m", "flows.frontier", "sweep.yaml")
+    said = repository.command("python", "-m", "flows.frontier", "sweep.yaml")
     assert " 5 ran" in said, "two policies, two evaluations, the figure"
-    assert "every stage is up to date" in repository.command(sys.executable, "-m", "flows.frontier", "sweep.yaml")
+    assert "every stage is up to date" in repository.command("python", "-m", "flows.frontier", "sweep.yaml")
 
 
 @pytest.mark.slow
@@ -294,7 +293,7 @@ def test_a_point_that_fails_stops_what_follows_from_it_and_nothing_else(swept):
         yaml.safe_dump({**SWEEP, "seeds": [0], "methods": {**SWEEP["methods"], "pl": broken}})
     )
     done = subprocess.run(
-        [sys.executable, "-m", "flows.frontier", "sweep.yaml"],
+        ["python", "-m", "flows.frontier", "sweep.yaml"],
         cwd=repository.root,
         env=repository.environment(),
         capture_output=True,

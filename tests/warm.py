@@ -1,8 +1,9 @@
 """A `python` that need not import PyTorch: `python -m tasks.NAME` is forked from a process that has done so.
 
 Most of a tiny stage's seconds are imports, and a test that runs the pipeline through DVC starts dozens. The folder of
-`folder()` goes first in PATH. All else about a stage (its command, a process of its own, its status, its signals) is as
-ever, but that it lives on when its caller is killed outright: tests that kill use the real one.
+`folder()` goes first in PATH; it is that of a virtual environment with the packages of this one, so that a flow which
+its `python` runs starts the same for its stages. All else about a stage (its command, a process of its own, its status,
+its signals) is as ever, but that it lives on when its caller is killed outright: tests that kill use the real one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,7 +36,7 @@ CALLER = """#!{python} -IS
 import json, os, signal, socket, sys
 words = sys.argv[1:]
 if words[:1] != ["-m"] or not words[1].startswith("tasks."):
-    os.execv("{python}", ["{python}", *words])
+    os.execv("{python}", ["{here}", *words])
 server = socket.socket(socket.AF_UNIX)
 server.connect("{address}")
 asked = json.dumps([words[1:], os.getcwd(), dict(os.environ)]).encode()
@@ -52,14 +54,17 @@ sys.exit(int(answers.readline() or 137))
 def folder() -> Path:
     """The folder with this `python`; what stands behind it ends with the process that asked."""
     made = Path(tempfile.mkdtemp(prefix="warm-"))
-    address, python = made / "socket", made / "python"
-    python.write_text(CALLER.format(python=sys.executable, address=address))
+    address, python = made / "socket", made / "bin/python"
+    python.parent.mkdir()
+    shutil.copy(Path(sys.prefix) / "pyvenv.cfg", made)
+    (made / "lib").symlink_to(Path(sys.prefix) / "lib")
+    python.write_text(CALLER.format(python=sys.executable, here=python, address=address))
     python.chmod(0o755)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     _KEPT.append(subprocess.Popen([sys.executable, __file__, address], stdin=subprocess.PIPE, env=environment))
     while not address.exists():
         time.sleep(0.05)
-    return made
+    return python.parent
 
 
 _KEPT: list[subprocess.Popen] = []  # its stdin closes with this process, which tells it to end
