@@ -8,8 +8,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Processes that share the tests out, file by file; each takes about 1 GiB.
-TEST_WORKERS ?= 2
+# Processes that share the tests out, file by file; each takes about 1 GiB. One more than the two cores of a small machine:
+# many tests wait for servers.
+TEST_WORKERS ?= 3
 READY  := $(VENV)/.installed
 # Every file that pip fetches is held against the lock; the project's own folder, of which there is no hash, may stand
 # beside them. pip itself comes first: an older one cannot do that.

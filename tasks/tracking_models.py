@@ -28,8 +28,8 @@ from tasks.tracking_notes import intervals, number_table
 ROOT = Path(__file__).resolve().parent.parent
 # What tasks.servable imports, and no more: a server takes files one by one, and asks for the password each time.
 CODE = {
-    "rankwise": ("__init__.py", "rendering.py", "types.py"),
-    "tasks": ("__init__.py", "lineage.py", "params.py", "servable.py", "tracking.py", "weights.py"),
+    "rankwise": ("__init__.py", "json_text.py", "rendering.py", "types.py"),
+    "tasks": ("__init__.py", "lineage.py", "params.py", "servable.py", "tracking.py", "weights.py", "yaml_text.py"),
 }
 REQUIREMENTS = ("torch", "transformers", "safetensors", "numpy", "pandas", "pyyaml")
 

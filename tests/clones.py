@@ -44,6 +44,13 @@ class Repository:
         self.command("git", "add", "-A")
         self.command("git", "commit", "-q", "-m", "tiny")
 
+    @classmethod
+    def at(cls, root: Path) -> Repository:
+        """One that is there."""
+        repository = object.__new__(cls)
+        repository.root, repository.warm = root, True
+        return repository
+
     def apply(self, recipe: dict[str, Any]) -> None:
         """Write params.yaml anew: tiny, with a recipe over it."""
         (self.root / "params.yaml").write_text(tiny.render(tiny.over(tiny.TINY, recipe)))

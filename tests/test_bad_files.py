@@ -399,7 +399,7 @@ def test_a_listing_of_the_cache_writes_nothing_outside_of_its_folder(tmp_path, m
         place = weights._object(tmp_path / "cache/files/md5", md5)
         place.parent.mkdir(parents=True)
         place.write_text(data)
-    with pytest.raises(UserError, match="is no file of the folder"):
+    with pytest.raises(UserError, match="names a file outside its folder"):
         weights._from_cache("bb2.dir", tmp_path / "aside")
     assert not (tmp_path / "out").exists() and not (tmp_path / "aside").exists()
 

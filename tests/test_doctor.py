@@ -230,7 +230,7 @@ def test_a_tokenizer_without_eos_or_a_missing_one_is_a_user_error(doctor, tmp_pa
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no EOS token"):
         doctor(sft=[row()], tokenizer=tokenizer)
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no such model folder"):
         run(Params(), Paths(base=tmp_path / "none"), Stage("doctor", tracker=Silent(), report=tmp_path))
 
 

@@ -84,9 +84,7 @@ def recorded(tmp_path_factory) -> Repository:
 
 @pytest.fixture
 def repository(recorded, tmp_path) -> Repository:
-    copy = object.__new__(Repository)
-    copy.root = shutil.copytree(recorded.root, tmp_path / "clone", symlinks=True)
-    return copy
+    return Repository.at(shutil.copytree(recorded.root, tmp_path / "clone", symlinks=True))
 
 
 def answers(url: str) -> bool:
@@ -184,8 +182,7 @@ def test_another_machine_has_the_whole_run_from_the_store(repository, bucket, tm
     repository.command("dvc", "remote", "add", "--default", "storage", f"{bucket}/run")
     commit(repository.root)
     repository.command("dvc", "push")
-    other = object.__new__(Repository)
-    other.root = clone(repository.root, tmp_path / "other")
+    other = Repository.at(clone(repository.root, tmp_path / "other"))
     other.command("dvc", "pull")
     said = other.command("dvc", "repro")
     assert other.ran(said) == [] and "up to date" in said

@@ -144,7 +144,7 @@ def test_no_more_of_a_table_is_in_memory_than_a_part(small, tmp_path, monkeypatc
         nonlocal most
         for number, one in enumerate(RowTable(tmp_path / "t.parquet")):
             if number % 100 == 99:
-                most = max(most, sum(isinstance(thing, Row) for thing in gc.get_objects()))
+                most = max(most, sum(type(thing) is Row for thing in gc.get_objects()))
             yield one
 
     write_rows(tmp_path / "again.parquet", watched())

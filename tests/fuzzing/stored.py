@@ -111,7 +111,9 @@ def _read(folder: Path) -> None:
     for reply in replies:
         _check_reply(reply)
     holds(all(value is None or all(map(math.isfinite, value)) for value in (r.values for r in replies)), "no number")
-    idle, lines = judge.idle(QUESTIONS)
+    for question in QUESTIONS:
+        judge.notice(question)
+    idle, lines = judge.idle()
     holds(0 <= idle <= lines, "lines that are not there")
     write_verdicts(folder / "verdicts.parquet", [("people", judge.identity, reply) for reply in replies])
 

@@ -122,9 +122,9 @@ def _reference(random: Random) -> Files:
 def _read_reference(folder: Path) -> None:
     meta, known = read_reference(folder / "reference.parquet")
     holds(all(isinstance(meta[name], int) for name in ("max_prompt_tokens", "max_answer_tokens")), "no limits")
-    for row_id, record in known.items():
-        holds(isinstance(row_id, str) and isinstance(record["key"], str), "a row without a key")
-        holds(all(type(logp) is float for logp in record["logps"]), "log-probs that are none")
+    for row_id, (key, logps) in known.items():
+        holds(isinstance(row_id, str) and isinstance(key, str), "a row without a key")
+        holds(all(type(logp) is float for logp in logps), "log-probs that are none")
 
 
 def _base(name: str) -> bytes:
