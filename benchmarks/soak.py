@@ -41,10 +41,11 @@ from rankwise.types import UserError
 
 FACTORS = (1, 5, 20, 50)  # of the default's rows
 RECORDS = 1_000_000
+PARTS = (10, 2, 1)  # of these, each a run: at a tenth, what sorts on disk has not yet filled its memory
 SIZES = {"sft": 6000, "rollout": 2000, "eval": 300, "labelled": 2000, "labelled_test": 300}  # the default's rows
 LIMIT_MIB = 1536  # of a stage's memory, whatever its rows
 RESERVED_MIB = 1536  # that torch and BLAS ask the kernel for beyond what they ever touch
-GROWTH_BYTES = 200  # of peak memory a row, at most, from the middle size to the largest: a row takes 10 times as much
+GROWTH_BYTES = 200  # of peak memory a row, at most, from the last size but one to the largest: a row takes 10 times as much
 SLOWER = 1.5  # times what a row of a table of the smaller sizes costs, at most
 
 PROMPTS = "data/prompts"
@@ -74,7 +75,7 @@ def main(arguments: list[str]) -> None:
             report.say(f"{factor} × the default's rows")
             runs += _pipeline(factor, options, where)
         for source in options.sources if options.records else ():
-            for records in sorted({max(1, options.records // 10), options.records}):
+            for records in sorted({max(1, options.records // part) for part in PARTS}):
                 report.say(f"{records:,} records, {source}")
                 runs.append(_prompts(source, records, options, where))
     lines = _lines([one for one in runs if "died" not in one])

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 GROUP_ROWS = 8192  # rows of a row group at most
 GROUP_BYTES = 32 << 20  # bytes of values after which a row group ends
 BLOCK_ROWS = 1024  # rows that a group grows by, and that are read at once
-RUN_BYTES = 64 << 20  # bytes of values that are sorted in memory
+RUN_BYTES = 32 << 20  # bytes of values that are sorted in memory, which takes three times as many
 
 
 class SortedTable:
