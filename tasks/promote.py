@@ -25,9 +25,11 @@ from rankwise.fingerprint import digest, tokenizer_digest
 from rankwise.rows import write_json, write_rows
 from rankwise.types import Row, UserError, show_prompt
 from tasks import evaluate, lineage, promotion, promotion_page, rounds, tracking, weights
+from tasks.exits import exit_status
+from tasks.locks import only_writer
 from tasks.params import load, read_yaml
 from tasks.promotion import Params
-from tasks.stage import Stage, describe, exit_status, only_writer, read_json
+from tasks.stage import HOME, Stage, describe, read_json
 
 REPORT = Path("reports/promotion")
 RECORD = REPORT / "promotion.json"
@@ -304,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = _asked(argv)
 
     def work() -> None:
-        with only_writer("promote", None):
+        with only_writer("promote", "promotion", HOME):
             print(promotion_page.for_terminal(promote(asked)), flush=True)
 
     return exit_status("promote", work)

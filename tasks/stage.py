@@ -1,4 +1,4 @@
-"""What every stage shares: its command line, its errors, its outputs written aside, its records, its locks.
+"""What every stage shares: its command line, its outputs written aside, its records.
 
 A stage module declares `Params` (its section of params.yaml), `Paths` (what it reads and writes, as in
 dvc.yaml) and `run(params, paths, stage)`, and ends in `raise SystemExit(main("sft", Params, Paths, run))`.
@@ -9,14 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import ctypes
-import errno
 import fcntl
-import hashlib
 import io
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -28,20 +24,16 @@ from typing import Any, TextIO, TypeVar
 
 from rankwise import json_text
 from rankwise.rows import write_aside, write_json
-from rankwise.runtime import keep_freed_memory, spin_briefly
 from rankwise.types import Missing, Unavailable, UserError, printable
-from tasks import lineage, rounds, tracking
+from tasks import rounds, tracking
+from tasks.exits import exit_status
+from tasks.locks import only_writer
 from tasks.params import default_of, read_entry, section_of
 
 REBUILD = "rebuild it with the stage that makes it"
 P = TypeVar("P")
 # Outside every DVC output, so that nothing computed is lost when DVC clears an output before a run.
 HOME = tracking.home()
-LEAVING_S = 60.0  # for a step, a checkpoint, and a result that is being put in place
-
-
-class Stopped(BaseException):
-    """SIGTERM arrived: finish the step, write a checkpoint, leave. A BaseException, so nothing swallows it."""
 
 
 class Stage:
@@ -203,41 +195,12 @@ def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any
                 f"--round {number}: without paths of its own it would write over what round 1 left; run it as "
                 f"dvc.yaml does: dvc repro --single-item {name}@{number}"
             )
-        with only_writer(name, paths):
+        # Ranks of one launch share the work: only the first takes the lock.
+        alone = only_writer(name, _name_by_report(name, paths), HOME) if is_first_rank() else contextlib.nullcontext()
+        with alone:
             _run_tracked(name, params, paths, run, arguments.params, number, over)
 
     return exit_status(name, work)
-
-
-def exit_status(name: str, work: Callable[[], None]) -> int:
-    """Do a command's work; returns 0, 2 for a mistake, 75 for trouble that may pass, 143 when it was stopped.
-
-    What went wrong is said in a line; only a defect of ours keeps its traceback.
-    """
-    _leave_with_parent()
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    keep_freed_memory()
-    spin_briefly()
-    signal.signal(signal.SIGTERM, _stop)
-    try:
-        work()
-    except UserError as error:
-        print(f"error: {error}{_maker(error)}", file=sys.stderr, flush=True)
-        return os.EX_TEMPFAIL if isinstance(error, Unavailable) else 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        print(
-            f"error: {error.filename or name}: {error.strerror}; row stores and the last checkpoint are kept: "
-            "mend that and run the same command again",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 2
-    except Stopped:
-        print(f"[{name}] stopped; run the same command again to continue", file=sys.stderr, flush=True)
-        return 143
-    return 0
 
 
 def _run_tracked(
@@ -304,76 +267,9 @@ def describe(params_type: type, indent: str = "  ") -> str:
     return "\n".join(lines)
 
 
-@contextlib.contextmanager
-def only_writer(name: str, paths: Any) -> Iterator[None]:
-    """One process at a time writes a stage's outputs; the kernel frees the lock however its holder dies.
-
-    Several trees may share RANKWISE_HOME (those of `dvc queue` do): their outputs are not each other's.
-    """
-    tree = hashlib.sha256(os.fsencode(Path.cwd())).hexdigest()[:12]
-    path = HOME / "locks" / f"{_name_by_report(name, paths)}-{tree}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as handle:
-        # Ranks of one launch share the work: only the first takes the lock.
-        if is_first_rank():
-            _take(handle, name)
-            handle.truncate(0)
-            handle.write(f"{os.getpid()} {os.getppid()}" if "DVC_STAGE" in os.environ else str(os.getpid()))
-            handle.flush()
-        yield
-
-
-def _take(handle: TextIO, name: str) -> None:
-    """Lock a file; waits for a holder whose DVC has died, since it leaves by itself (_leave_with_parent)."""
-    told, until = False, time.monotonic() + LEAVING_S
-    while True:
-        try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            holder, *parent = handle.read().split() or ["?"]
-        if not parent or not _is_orphan(holder, parent[0]) or time.monotonic() > until:
-            raise UserError(
-                f"stage {name} is already being run here by process {holder}; wait for it, or stop it, then run this "
-                "again"
-            )
-        if not told:
-            print(f"[{name}] process {holder}, of a run that was killed, is leaving; waiting for it", flush=True)
-            told = True
-        time.sleep(0.1)
-
-
-def _is_orphan(pid: str, parent: str) -> bool:
-    """Whether a process has lost its parent, or is gone itself; Linux alone can tell, and sends it SIGTERM then."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return sys.platform == "linux"
-    return stat.rpartition(")")[2].split()[1] != parent
-
-
 def _name_by_report(name: str, paths: Any) -> str:
     """A name for what a stage writes: rounds and points of a sweep write elsewhere, and may do so at once."""
     return f"{name}-{getattr(paths, 'report', '')}".replace(os.sep, "-")
-
-
-def _maker(error: UserError) -> str:
-    """Which stage makes what is missing, as dvc.yaml says; "" where it does not."""
-    stage = lineage.maker_of(error.path) if isinstance(error, Missing) else ""
-    return stage and f": dvc repro {stage}"
-
-
-def _leave_with_parent() -> None:
-    """Started by DVC, get SIGTERM when DVC dies: an orphan would go on writing beside its successor."""
-    if "DVC_STAGE" in os.environ and sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _stop(*_: object) -> None:
-    # Two may come, the group's and the kernel's when DVC dies: the second must not cut the clean-up of the first.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Stopped
 
 
 def _write_csv(path: Path, points: list[dict[str, float]]) -> None:

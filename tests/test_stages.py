@@ -23,7 +23,8 @@ from fault_server import FaultServer
 from rankwise.checkpoints import load_causal_lm
 from rankwise.rows import read_rows, write_aside, write_rows
 from rankwise.types import Unavailable, UserError
-from tasks.stage import Stage, _flat_numbers, only_writer, output_folder
+from tasks.locks import only_writer
+from tasks.stage import Stage, _flat_numbers, output_folder
 from tasks.tracking import Tracker
 
 
@@ -109,9 +110,8 @@ with open(sys.argv[1], "a") as handle:
 @pytest.mark.parametrize("orphan", [True, False])
 def test_a_lock_is_waited_for_where_its_holder_is_leaving_and_only_then(tmp_path, monkeypatch, capsys, orphan):
     """DVC was killed and run again at once: the stage that it left behind still writes its checkpoint."""
-    monkeypatch.setattr("tasks.stage.HOME", tmp_path)
     monkeypatch.setenv("DVC_STAGE", "sft")
-    with only_writer("sft", object()):
+    with only_writer("sft", "model", tmp_path):
         [lock] = tmp_path.glob("locks/*")
         assert lock.read_text().split() == [str(os.getpid()), str(os.getppid())]
     lock.write_text("")
@@ -119,26 +119,25 @@ def test_a_lock_is_waited_for_where_its_holder_is_leaving_and_only_then(tmp_path
     with subprocess.Popen(words, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         if orphan:
-            with only_writer("sft", object()):
+            with only_writer("sft", "model", tmp_path):
                 assert holder.wait(5) == 0
             assert capsys.readouterr().out.count(f"process {holder.pid}, of a run that was killed, is leaving") == 1
         else:
-            with pytest.raises(UserError, match=f"by process {holder.pid};"), only_writer("sft", object()):
+            with pytest.raises(UserError, match=f"by process {holder.pid};"), only_writer("sft", "model", tmp_path):
                 pass
             holder.terminate()
 
 
 def test_trees_that_share_what_outlives_a_run_do_not_refuse_each_other(tmp_path, monkeypatch):
     """RANKWISE_HOME for the trees of `dvc queue`: the same stage runs in each, on outputs of its own."""
-    monkeypatch.setattr("tasks.stage.HOME", tmp_path / "home")
     for tree in ("a", "b"):
         (tmp_path / tree).mkdir()
     with contextlib.ExitStack() as running:
         for tree in ("a", "b"):
             monkeypatch.chdir(tmp_path / tree)
-            running.enter_context(only_writer("dpo", object()))
+            running.enter_context(only_writer("dpo", "model", tmp_path / "home"))
         with pytest.raises(UserError, match=f"already being run here by process {os.getpid()}"):
-            running.enter_context(only_writer("dpo", object()))
+            running.enter_context(only_writer("dpo", "model", tmp_path / "home"))
 
 
 def test_two_trees_do_not_write_one_checkpoint(tmp_path, monkeypatch, capsys):
