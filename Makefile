@@ -39,7 +39,7 @@ test: $(READY) ## the tests that take seconds; PYTEST_ARGS='-m "slow or not slow
 	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 suite: ## all tests, the slow ones included; leaves .rankwise/suite.md
-	@$(MAKE) --no-print-directory test PYTEST_ARGS='-m "slow or not slow" --suite-report .rankwise/suite.md $(PYTEST_ARGS)'
+	@$(MAKE) --no-print-directory test PYTEST_ARGS='-m "slow or not slow" --suite-report=.rankwise/suite.md $(PYTEST_ARGS)'
 
 mlflow: $(READY) ## show training runs and models in MLflow's page
 	@$(BIN)/python -m tasks.tracking ui

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from rankwise.rows import RowTable, write_rows
 from rankwise.types import Row, UserError, show_prompt
 from tasks.answers import Summary
 from tasks.params import below, param
-from tasks.stage import Stage, is_first_rank, main
+from tasks.stage import Stage, is_first_rank, main, scratch_folder
 
 if TYPE_CHECKING:
     from rankwise.rollouts import Request
@@ -90,7 +89,7 @@ def run(params: Params, paths: Paths, stage: Stage) -> None:
     if params.data_answers:
         _check_own_answers(prompts, table)
     summaries = {source: _summary(asked) for source, asked in requests.items()}
-    with _sampled(prompts, requests, summaries, stage) as answered:
+    with _sampled(prompts, requests, summaries, stage, paths.rollouts) as answered:
         rows = _together(answered, requests, prompts if params.data_answers else None)
         if not is_first_rank():
             for _ in rows:  # shares the work, and gets none
@@ -181,11 +180,12 @@ def _teacher(teacher: TeacherParams, paths: Paths) -> Path | None:
 
 @contextlib.contextmanager
 def _sampled(
-    prompts: RowTable, requests: dict[str, Request], summaries: dict[str, Summary], stage: Stage
+    prompts: RowTable, requests: dict[str, Request], summaries: dict[str, Summary], stage: Stage, table: Path
 ) -> Iterator[dict[str, Iterable[Row]]]:
     """Rows of answers for each source; none on all processes of a launch but the first.
 
-    With two sources, the first one's rows are on disk until the second has answered: no two models are in memory.
+    With two sources, the first one's rows are on disk, beside table, until the second has answered: no two models are
+    in memory.
     """
     from rankwise.rollouts import Work, sampled
     from rankwise.store import Store
@@ -201,12 +201,12 @@ def _sampled(
     *others, last = requests
     with (
         Store(stage.store("rollouts")) as store,
-        tempfile.TemporaryDirectory(dir=stage.store("rollouts").parent) as scratch,
+        scratch_folder(table) as scratch,
     ):
         answered: dict[str, Iterable[Row]] = {}
         for source in others:
-            write_rows(Path(scratch, source), rows_of(source), key=None)
-            answered[source] = RowTable(Path(scratch, source), key=None)
+            write_rows(scratch / source, rows_of(source), key=None)
+            answered[source] = RowTable(scratch / source, key=None)
         yield answered | {last: rows_of(last)}
 
 

@@ -181,6 +181,25 @@ def _settle(path: Path, aside: Path, old: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside path, gone when the block ends; a killed run's goes when the next one begins.
+
+    Ranks beyond the first get a folder of their own.
+    """
+    if not is_first_rank():
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    scratch = path.with_name(f".{path.name}.scratch")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def main(name: str, params_type: type, paths_type: type, run: Callable[[Any, Any, Stage], None]) -> int:
     """The command line of a stage; returns the exit status, as exit_status does."""
     arguments = _parse(name, params_type, paths_type, run)

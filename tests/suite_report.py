@@ -1,7 +1,7 @@
 """A page about a run of the suite: what passed, what failed, what was skipped and why, and where the time went.
 
 make suite                                   # all tests, the slow ones included; the page is .rankwise/suite.md
-python -m pytest --suite-report FILE …       # of any run
+python -m pytest --suite-report=FILE …       # of any run
 """
 
 from __future__ import annotations

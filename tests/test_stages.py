@@ -297,15 +297,21 @@ def test_everything_held_out_leaves_nothing_to_train_on(project):
 
 
 def test_a_teacher_answers_beside_the_policy(project):
-    """Its ids stay where its tokenizer is the policy's; another one's, here by one byte of a file, go."""
+    """Its ids stay where its tokenizer is the policy's; another one's, here by one byte of a file, go.
+
+    What a run that was killed between the two had put aside goes too.
+    """
     teacher = project.root / "data/source/big"
     shutil.copytree(project.root / "models/policy", teacher)
     project.change({"rollouts": {"k": 1, "teacher": tiny.TEACHER | {"model": "big", "k": 2}}})
     stages = ("rollouts", "verdicts", "preferences", "reference_logprobs", "dpo")
+    killed = project.run("rollouts", before=tiny.killed_at("rankwise.rollouts:with_teacher", 1))
+    assert killed.status == -signal.SIGKILL and list(project.root.glob("data/.*.scratch/*"))
     for same in (True, False):
         for stage in stages if same else stages[:1]:
             told = project.run(stage)
             assert told.status == 0, told.out + told.err
+        assert not list(project.root.glob("data/.*"))
         rows = read_rows(project.root / "data/rollouts.parquet")
         assert {tuple(a.source for a in row.answers) for row in rows} == {("policy", "teacher", "teacher")}
         assert all((a.token_ids is not None) == (same or a.source == "policy") for row in rows for a in row.answers)
