@@ -475,7 +475,9 @@ def test_the_flow_leaves_the_lock_that_dvc_leaves(repository, tmp_path):
 
 @pytest.mark.slow
 def test_killed_in_round_two_dvc_continues_to_the_same_lock(repository, tmp_path):
-    other = Repository(tmp_path / "clone", shortened("spin"), warm=False)
+    other = Repository(tmp_path / "clone", shortened("spin"))
+    other.command("dvc", "repro", "reference_logprobs@2")
+    other.warm = False  # a stage that is killed is a process of its own
     dvc = subprocess.Popen(
         ["dvc", "repro"],
         cwd=other.root,
@@ -490,6 +492,7 @@ def test_killed_in_round_two_dvc_continues_to_the_same_lock(repository, tmp_path
             break
     os.killpg(dvc.pid, signal.SIGKILL)
     dvc.communicate()
+    other.warm = True
     ran = other.ran(other.command("dvc", "repro"))
     assert ran == ["dpo@2", "diagnosis", "diagnosis@2", "evaluate", "evaluate@2", "register"], (
         "DVC diagnoses and evaluates last, round 1 (plainly named here) too"

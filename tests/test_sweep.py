@@ -241,7 +241,9 @@ def test_a_sweep_runs_from_nothing_to_its_figure(swept):
 
 @pytest.mark.slow
 def test_stopped_in_the_middle_no_point_goes_on_alone_and_the_same_command_continues(tmp_path):
-    made = Repository(tmp_path / "clone", warm=False)
+    made = Repository(tmp_path / "clone")
+    made.command("dvc", "repro", "reference_logprobs@1", "audit_judge@1")
+    made.warm = False  # points that are stopped are processes of their own
     (made.root / "sweep.yaml").write_text(yaml.safe_dump({**SWEEP, "seeds": [0], "temperatures": {}}))
     command = ["python", "-m", "flows.frontier", "sweep.yaml", "--jobs", "2"]
     flow = subprocess.Popen(
@@ -255,6 +257,7 @@ def test_stopped_in_the_middle_no_point_goes_on_alone_and_the_same_command_conti
     assert flow.returncode == 143 and "Continue with: python -m flows.frontier sweep.yaml --jobs 2" in rest
     alive = [path for path in Path("/proc").glob("[0-9]*") if points_run_in(path, made.root)]
     assert alive == []
+    made.warm = True
     said = made.command(*command)
     assert "failed" not in said and (made.root / "sweeps/small/frontier/plots/frontier.png").exists()
     assert int(re.search(r"(\d+) cached", said)[1]) >= 8, "the pipeline's own stages, up to its audit, were finished"
