@@ -33,7 +33,7 @@ run: $(READY) ## run the whole pipeline as a Prefect flow; ends with a table (TA
 	@RANKWISE_AGAIN='$(AGAIN)' $(BIN)/python -m flows.align $(FLOW_ARGS)
 
 repro: $(READY) ## the same stages by DVC alone, without Prefect
-	@PATH="$(abspath $(BIN)):$$PATH" dvc repro $(TARGET)
+	@PATH="$(abspath $(BIN)):$$PATH" python -m flows.guarded_dvc repro $(TARGET)
 
 test: $(READY) ## the tests that take seconds; PYTEST_ARGS='-m "slow or not slow"' for all
 	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)

@@ -20,6 +20,8 @@ POLL_S, SCAN_S = 0.01, 0.5
 ORPHAN_S = 60.0  # the longest that a process may outlive its driver: a step, a checkpoint, a tracker's last words
 REFUSALS = 60  # times, a second apart, that a command may be told to wait for a process which is leaving
 MARK = "CHAOS_ATTEMPT"
+# dvc 3.67 empties dvc.lock before it writes it. Killed in between, its own command can go on only without that file.
+CUT = "'./dvc.lock' validation failed", "'./dvc.lock' is invalid"
 BUSY = ("is already being run here by process", "another run of this checkout is going on")
 
 
@@ -30,6 +32,7 @@ class Told:
     kills: list[Kill]
     defects: list[str] = field(default_factory=list)
     attempts: int = 0
+    locks_cut: int = 0  # times that `dvc` had left a dvc.lock which it could not read, and that was deleted
     waits: int = 0  # times that a command said a process of the killed one was still leaving
     seconds: float = 0.0
     orphans_s: float = 0.0
@@ -73,6 +76,10 @@ class Disturbed:
                 if any(kill.target != "tracker" for kill in fired):
                     continue
                 said = self._said()
+                if self.driver == "dvc" and any(cut in said for cut in CUT):
+                    (self.copy.root / "dvc.lock").unlink()
+                    self.told.locks_cut += 1
+                    continue
                 if any(busy in said for busy in BUSY) and refused < REFUSALS:
                     refused, self.told.waits = refused + 1, self.told.waits + 1
                     time.sleep(1.0)

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-# What a kill may cost of finished work, by kind: replies and rows wait so many for a place in the store.
-BOUND = {"verdict": 64, "answers": 64}
+# What a kill may cost of finished work, by kind: so many verdicts wait for a place in the store; answers to prompts, on
+# a CPU, until two batches of them are complete.
+BOUND = {"verdict": 64, "answers": 512}
 
 
 @dataclass(frozen=True, kw_only=True)

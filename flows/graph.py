@@ -10,10 +10,12 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flows.summary import Outcome
 from rankwise.types import UserError
+from tasks import tracking
 
 # Lines of dvc that help a person at a prompt and only repeat themselves in a log of many stages.
 _HINTS = (
@@ -52,6 +54,15 @@ def plan(target: str | None = None, *, file: str = ROOT) -> list[Node]:
     of a file are wanted, with what they need of others. Raises UserError where the target is unknown or DVC cannot
     read the graph.
     """
+    try:
+        return _plan(target, file)
+    except UserError:
+        if not _set_aside_cut_locks():
+            raise
+        return _plan(target, file)
+
+
+def _plan(target: str | None, file: str) -> list[Node]:
     with _repository() as repo:
         graph = repo.index.graph
         if target is not None:
@@ -170,6 +181,34 @@ def _refuse_unknown(name: str, known: set[str]) -> None:
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UserError(f"no stage {name!r} in dvc.yaml{hint} (stages: {', '.join(sorted(known))})")
+
+
+def _set_aside_cut_locks() -> bool:
+    """Whether there were lock files that DVC was killed over: it empties one before it writes it, and reads it no more.
+
+    One that a merge left half done is a person's to mend.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from dvc.utils import strictyaml
+
+    found, graphs = False, (Path(ROOT), *Path().glob(f"*/{ROOT}"))
+    for lock in filter(Path.exists, (graph.with_suffix(".lock") for graph in graphs)):
+        try:
+            strictyaml.load(str(lock), COMPILED_LOCKFILE_SCHEMA)
+        except DvcException:
+            if "<<<<<<<" in lock.read_text(encoding="utf-8", errors="replace"):
+                continue
+            aside = tracking.home() / f"{str(lock).replace('/', '-')}.cut"
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            lock.replace(aside)
+            print(
+                f"{lock} is cut off: DVC was killed while it wrote it. It is {aside} now; what was done comes from "
+                "DVC's run cache",
+                flush=True,
+            )
+            found = True
+    return found
 
 
 @contextlib.contextmanager

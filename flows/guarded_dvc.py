@@ -2,10 +2,14 @@
 
 What is in a folder stands in a listing, and a listing comes from a remote or an import, which others may write. dvc
 3.67 puts a file where its listing says, ../../.bashrc too; here such a listing is refused whole.
+
+It also empties dvc.lock before it writes it anew, which takes tenths of a second: killed then, it can read it no more.
+Here the new one takes the place of the old.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,7 +17,8 @@ from typing import Any
 
 def guard() -> None:
     """From here on, DVC in this process refuses such listings: as it reads them, and as it is about to write, since it
-    keeps what it has read before."""
+    keeps what it has read before. And it changes a file of its own whole."""
+    from dvc.utils.serialize import _common
     from dvc_data.hashfile.tree import Tree
     from dvc_data.index import checkout
 
@@ -28,7 +33,14 @@ def guard() -> None:
         _refuse(entry.key for some in changes for entry in some if entry.key)
         apply(diff, *rest, **named)
 
-    Tree.from_list, checkout.apply = classmethod(from_list), guarded
+    dump = _common._dump_data
+
+    def whole(path: str, *rest: Any, **named: Any) -> None:
+        aside = f"{path}.tmp"
+        dump(aside, *rest, **named)
+        os.replace(aside, path)
+
+    Tree.from_list, checkout.apply, _common._dump_data = classmethod(from_list), guarded, whole
 
 
 def _refuse(paths: Iterable[Sequence[str]]) -> None:

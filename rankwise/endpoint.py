@@ -45,6 +45,8 @@ class ServerEngine:
         ids: prompt ids are in the served model's tokens. If not, prompts go as text or messages and no ids come back.
     """
 
+    settled = True
+
     def __init__(
         self, *, endpoint: Endpoint, sampling: Sampling, source: dict[str, Any], model: str | None = None, ids=True
     ):

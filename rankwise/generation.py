@@ -2,7 +2,10 @@
 
 Each prompt is run once for its K answers, and an answer that ends makes room for another prompt's. Every answer draws
 from a stream of its own, seeded by (seed, prompt id, round, k): the same answer comes out whatever the batch size, the
-order, the number of processes or a restart in between, as long as the model's forward pass rounds alike.
+order, the number of processes or a restart in between, as long as the model's forward pass rounds alike. It does where
+the same answers are computed together. So on a CPU, whose results people compare bit for bit, prompts are answered a
+part at a time, and a part that was broken off is answered whole; there a part's end, with few answers under way, costs
+little. A GPU would stand idle, and no two of its runs are alike anyway.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from rankwise.types import UserError
 
 log = logging.getLogger(__name__)
 
+BATCHES = 2  # of answers in a part, on a CPU
 ENGINE = "embedded-2"  # raise the number when the same inputs would give other answers
 Ended = Callable[[Sequence[int], Sequence[int]], bool]  # (prompt ids, answer ids) -> the answer's text holds a stop
 
@@ -50,6 +54,7 @@ class EmbeddedEngine:
     ):
         self.folder, self.sampling = Path(folder), sampling
         self.precision, self.batch_sequences = precision, batch_sequences
+        self.settled = True
         self._model: PreTrainedModel | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -74,7 +79,8 @@ class EmbeddedEngine:
                 f"stop: {', '.join(special)}: special tokens are no part of an answer's text, so it would never hold "
                 f"them; put their ids into stop_token_ids: {tokenizer.convert_tokens_to_ids(special)}"
             )
-        yield from sample(
+        part = _part([one.seeds for one in wanted], self.batch_sequences) if device().type == "cpu" else None
+        answers = sample(
             self._model,
             [one.prompt_ids for one in wanted],
             [one.seeds for one in wanted],
@@ -84,7 +90,16 @@ class EmbeddedEngine:
             precision=self.precision,
             names=[one.name for one in wanted],
             ended=text_stops(Renderer(tokenizer), self.sampling.stop) if self.sampling.stop else None,
+            part=part,
         )
+        for count, answer in enumerate(answers, 1):
+            self.settled = part is None or count % part == 0 or count == len(wanted)
+            yield answer
+
+
+def _part(seeds: Sequence[Sequence[int]], batch_sequences: int) -> int:
+    """Prompts of a part: a few batches of answers."""
+    return max(1, BATCHES * batch_sequences // max(map(len, seeds), default=1))
 
 
 def end_tokens(model: PreTrainedModel, eos_token_id: int) -> tuple[int, ...]:
@@ -117,6 +132,7 @@ def sample(
     precision: Precision = "fp32",
     names: Sequence[str] | None = None,
     ended: Ended | None = None,
+    part: int | None = None,
 ) -> Iterator[tuple[int, list[Sampled]]]:
     """Yield (index of the prompt, its K answers), each when its last answer ends; shortest prompts are begun first.
 
@@ -127,6 +143,7 @@ def sample(
         batch_sequences: answers decoded together.
         names: what messages call the prompts; their numbers, where there are none.
         ended: asked after every token whether the answer's text ends it.
+        part: so many prompts are answered before others are begun; None: as many as there are.
 
     Raises UserError before anything is answered where prompts leave no room in the model's context, and where logits
     are no numbers.
@@ -143,9 +160,10 @@ def sample(
     stops = torch.tensor(sorted({*ends, *sampling.stop_token_ids}), device=model.device)
     words = model.get_output_embeddings().weight.shape[0]
     with torch.inference_mode(), numerics(precision, model.device), _cast_once(model, precision):
-        run = _Run(make(model), prompts, seeds, sampling, stops, limit, ended, words)
         try:
-            yield from run.answers(order, max(*map(len, seeds), batch_sequences))
+            for first in range(0, len(order), part or len(order)):
+                run = _Run(make(model), prompts, seeds, sampling, stops, limit, ended, words)
+                yield from run.answers(order[first:][:part], max(*map(len, seeds), batch_sequences))
         finally:
             model.config._attn_implementation = before
 

@@ -59,6 +59,9 @@ class Engine(Protocol):
     """What answers prompts: rankwise.generation in this process, rankwise.endpoint through a server."""
 
     version: str  # program and release, kept with each answer; a server's is known once it has answered
+    # Whether the answers so far may be kept by themselves; False: those that they were computed beside are still to
+    # come, and without these the rest would round otherwise.
+    settled: bool
 
     def identity(self) -> dict[str, Any]:
         """What of the engine, model and sampling an answer depends on; known before anything is loaded or started."""

@@ -42,6 +42,7 @@ class ServedEngine:
     """
 
     version = ""
+    settled = True
 
     def __init__(self, *, folder: Path | None, name: str | None, sampling: Sampling, prefix: str):
         self._folder, self._name, self._sampling, self._prefix = folder, name, sampling, prefix

@@ -30,7 +30,7 @@ class Stack:
         # Not below pytest's own folder, which is closed to others: as root, PostgreSQL runs as another user.
         self.folder = folder
         self.home = folder / "stack"
-        self.repository = Repository(folder / "clone", warm=False)  # as a worker runs it
+        self.repository = Repository(folder / "clone")
         self.root = self.repository.root
         self.ports = {f"RANKWISE_{name}_PORT": str(free_port()) for name in ("POSTGRES", "S3", "PREFECT", "MLFLOW")}
         self.seen: set[str] = set()  # command lines of all processes while it came up

@@ -7,6 +7,7 @@ import hashlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -111,6 +112,49 @@ def test_a_run_with_nothing_to_do_says_so_and_starts_no_server(finished):
     assert said.returncode == 0 and time.monotonic() - began < 15
     assert "every stage is up to date" in said.stdout and said.stdout.count("cached") == len(Toy.ORDER) + 1
     assert not (finished.root / ".rankwise/prefect").exists()
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_over_a_lock_that_dvc_left_cut_off_nothing_is_computed_again(finished, api, share):
+    """Killed while it wrote it: dvc.lock is empty, or ends somewhere."""
+    lock, before = finished.root / "dvc.lock", finished.attempts()
+    whole = lock.read_bytes()
+    lock.write_bytes(whole[: int(len(whole) * share)])
+    told = finished.run(PREFECT_API_URL=api)
+    assert told.returncode == 0 and ("dvc.lock is cut off" in told.stdout) == (share == 0), told.stdout
+    assert lock.read_bytes() == whole and finished.attempts() == before
+
+
+def test_a_lock_that_a_merge_left_is_a_persons_to_mend(finished, api):
+    lock = finished.root / "dvc.lock"
+    lock.write_text("<<<<<<< ours\n" + lock.read_text())
+    told = finished.run(PREFECT_API_URL=api)
+    assert told.returncode == 2 and "dvc.lock" in told.stdout and "<<<<<<< ours" in lock.read_text()
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_killed_while_dvc_writes_its_lock_the_old_one_is_whole(finished, guarded):
+    """DVC's own command empties it first. Once it does not, half of flows/guarded_dvc.py may go."""
+    script = f"""
+import os
+from dvc.cli import main
+from dvc.utils.serialize import _yaml
+def killed(data, stream):
+    stream.write("schema: ")
+    stream.flush()
+    os._exit(9)
+_yaml._dump = killed
+if {guarded}:
+    from flows.guarded_dvc import guard
+    guard()
+main(["repro", "--force", "sft"])
+"""
+    lock = finished.root / "dvc.lock"
+    before = lock.read_text()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=finished.root, env=environment, capture_output=True)
+    assert done.returncode == 9, done.stderr.decode()
+    assert (lock.read_text() == before) == guarded
 
 
 def test_failure_names_stage_reason_and_command(toy, api):

@@ -39,6 +39,7 @@ class Dice:
     nap_s: float = 0.0
     name: str = "dice"
     version: str = "dice 1"
+    settled: bool = True
     asked: list[str] = dataclasses.field(default_factory=list)
 
     def identity(self) -> dict:
@@ -172,6 +173,33 @@ def test_what_had_finished_is_kept_however_it_ends(asked, store, error):
     rest = Dice()
     rows, work = sample_rows(prompt_rows(), asked, store, engine=rest)
     assert work.computed == len(rest.asked) == 2 and len(rows) == 5
+
+
+@pytest.mark.parametrize("after", [0, 1, 9, 16, 20])
+def test_stopped_anywhere_the_rest_is_computed_beside_the_same_neighbours(asked, store, tmp_path, monkeypatch, after):
+    """On a CPU, to the last bit: parts of 8 prompts, of which one that was broken off is answered whole."""
+    monkeypatch.setattr(rollouts, "LOGP_DIGITS", 17)
+    monkeypatch.setattr(rollouts, "COMMIT_S", 0.0)
+    asked = dataclasses.replace(asked, batch_sequences=12, sampling=Sampling(max_new_tokens=12))
+    expected, _ = sample_rows(prompt_rows(21), asked, store)
+    engine = rollouts.engine_of(asked)
+
+    class Cut:
+        def __getattr__(self, name):
+            return getattr(engine, name)
+
+        def answers(self, wanted):
+            for number, answer in enumerate(engine.answers(wanted)):
+                if number == after:
+                    raise Stopped
+                yield answer
+
+    with Store(tmp_path / "other.sqlite") as other:
+        with pytest.raises(Stopped):
+            sample_rows(prompt_rows(21), asked, other, engine=Cut())
+        assert len(other) == after // 8 * 8
+        rows, work = sample_rows(prompt_rows(21), asked, other)
+    assert rows == expected and work.computed == 21 - after // 8 * 8
 
 
 @pytest.mark.parametrize(("rows", "seconds", "commits"), [(2, 1e9, [2, 2, 1]), (64, 0.0, [1] * 5), (64, 1e9, [5])])
