@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+import warm
 from safetensors.torch import save_file
 from test_scoring import COMMON, tiny, token_rows
 from test_training import ROWS, SETTINGS, Away, preferences, until, weights
@@ -203,19 +204,21 @@ def keep(path: Path, end: torch.Tensor) -> None:
         save_file({"end": end}, path)
 
 
-TWO_HERE = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
 def launch(
     folder: Path,
     call: str,
     *,
     of: str = "several",
-    module: tuple[str, ...] = TWO_HERE,
+    module: tuple[str, ...] = (),
     prefix: tuple[str, ...] = (),
     **environment: str,
 ) -> subprocess.Popen:
-    """A launcher's processes, each calling a function of a test module on a folder; both streams in one pipe."""
+    """A launcher's processes, each calling a function of a test module on a folder; both streams in one pipe.
+
+    module: the launcher and its options; two processes of torchrun where none is given, forked ones (tests/warm.py).
+    """
+    two_here = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
+    module = module or (*two_here, str(warm.folder() / "python"))
     script = folder / f"{call}.py"
     script.write_text(f"from pathlib import Path\nimport {of}\n{of}.{call}(Path({str(folder)!r}))\n")
     here = str(Path(__file__).parent)

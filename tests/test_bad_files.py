@@ -310,7 +310,8 @@ def folder_of_a_model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("load", [checkpoints.load_tokenizer, checkpoints.load_causal_lm])
-def test_a_model_folder_that_is_not_there_is_told_as_that_and_not_looked_for_on_the_hub(tmp_path, load):
+def test_a_model_folder_that_is_not_there_is_told_as_that_and_not_looked_for_on_the_hub(tmp_path, monkeypatch, load):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(Missing, match=r"^models/sft: no such model folder; run the stage that makes it first$"):
         load(Path("models/sft"))
 

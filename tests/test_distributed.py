@@ -144,14 +144,20 @@ def test_the_reference_pass_is_shared_out_and_its_numbers_are_those_of_one(launc
 # Killed
 
 
+@pytest.fixture(scope="module", params=ENGINES)
+def undisturbed(request, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """A launch of an engine to its end: its folder, and the environment that asked for it."""
+    sharded = {"ACCELERATE_USE_FSDP": str(request.param == "fsdp").lower()}
+    folder = tmp_path_factory.mktemp("whole")
+    several.finished(several.launch(folder, "slow_run", **sharded))
+    return folder, sharded
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_launch_continues_to_the_same_weights_bit_for_bit(tmp_path, engine, number):
+def test_a_killed_launch_continues_to_the_same_weights_bit_for_bit(tmp_path, undisturbed, number):
     """SIGTERM to the launcher leaves a checkpoint within 10 s; after SIGKILL the last one is good."""
-    sharded = {"ACCELERATE_USE_FSDP": str(engine == "fsdp").lower()}
-    (whole := tmp_path / "whole").mkdir()
-    several.finished(several.launch(whole, "slow_run", **sharded))
+    whole, sharded = undisturbed
     every = "1e9" if number == signal.SIGTERM else "0"
     process = several.launch(tmp_path, "slow_run", NAP="0.1", EVERY=every, **sharded)
     deadline = time.monotonic() + 120

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import warm
 import yaml
 from fault_server import FaultServer
 
@@ -33,6 +34,9 @@ def project(tmp_path_factory, tmp_path) -> tiny.Project:
     return tiny.finished(tmp_path_factory.getbasetemp()).copy(tmp_path / "copy")
 
 
+ROOT = Path(__file__).parent.parent
+
+
 def command(project: tiny.Project, *words: str, **environment: str) -> subprocess.Popen:
     """python -m WORDS as a user starts it, both streams in one pipe."""
     return subprocess.Popen(
@@ -43,6 +47,14 @@ def command(project: tiny.Project, *words: str, **environment: str) -> subproces
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def launched(project: tiny.Project, stage: str, *options: str, **environment: str) -> subprocess.Popen:
+    """A stage in two processes of torchrun, which are forked (tests/warm.py)."""
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    python = str(warm.folder() / "python")
+    words = [*torchrun, python, "-m", f"tasks.{stage}", *options]
+    return command(project, *words, CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT), **environment)
 
 
 # Outputs
@@ -397,9 +409,8 @@ def test_two_processes_do_what_one_does(project, sharded):
     shutil.rmtree(project.root / "models/policy")
     # Every stage begins from the models that one process made: rounding does not add up from stage to stage.
     for stage in stages:
-        launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", f"tasks.{stage}"]
         options = {"sft": ["--model", "elsewhere/sft"], "reward_model": ["--model", "elsewhere/reward"]}.get(stage, [])
-        process = command(project, *launch, *options, ACCELERATE_USE_FSDP=sharded, CUDA_VISIBLE_DEVICES="")
+        process = launched(project, stage, *options, ACCELERATE_USE_FSDP=sharded)
         out, _ = process.communicate(timeout=240)
         assert process.returncode == 0, out
         assert stage == "reference_logprobs" or ("weights sharded" in out) == (sharded == "true"), out
@@ -419,8 +430,7 @@ def test_two_processes_answer_what_one_does(project, stage):
     rows, metrics = read_rows(table), project.metrics(stage)
     shutil.rmtree(project.root / ".rankwise/stores")
     table.unlink()
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", f"tasks.{stage}"]
-    process = command(project, *launch, CUDA_VISIBLE_DEVICES="")
+    process = launched(project, stage)
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
     assert "share 1 of 2" in out and out.count("24 of 24 prompts answered now") == (stage == "rollouts"), out

@@ -1,9 +1,10 @@
-"""A `python` that need not import PyTorch: `python -m tasks.NAME` is forked from a process that has done so.
+"""A `python` that need not import PyTorch: `python -m tasks.NAME`, or a script, is forked from a process that has.
 
 Most of a tiny stage's seconds are imports, and a test that runs the pipeline through DVC starts dozens. The folder of
 `folder()` goes first in PATH; it is that of a virtual environment with the packages of this one, so that a flow which
 its `python` runs starts the same for its stages. All else about a stage (its command, a process of its own, its status,
-its signals) is as ever, but that it lives on when its caller is killed outright: tests that kill use the real one.
+its signals) is as ever; but it is killed a moment after its caller, and DVC is not its parent: tests that kill DVC or a
+flow use the real one.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ PRELOADED = (
 CALLER = """#!{python} -IS
 import json, os, signal, socket, sys
 words = sys.argv[1:]
-if words[:1] != ["-m"] or not words[1].startswith("tasks."):
+if not (words[:1] == ["-m"] and words[1].startswith("tasks.") or words[0].endswith(".py")):
     os.execv("{python}", ["{here}", *words])
 server = socket.socket(socket.AF_UNIX)
 server.connect("{address}")
-asked = json.dumps([words[1:], os.getcwd(), dict(os.environ)]).encode()
+asked = json.dumps([words, os.getcwd(), dict(os.environ)]).encode()
 socket.send_fds(server, [len(asked).to_bytes(8, "big")], [0, 1, 2])
 server.sendall(asked)
 answers = server.makefile()
@@ -92,7 +93,7 @@ def _run(caller: socket.socket) -> int:
     asked = b""
     while len(asked) < int.from_bytes(size, "big"):
         asked += caller.recv(1 << 16)
-    (module, *words), where, environment = json.loads(asked)
+    words, where, environment = json.loads(asked)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -100,17 +101,30 @@ def _run(caller: socket.socket) -> int:
     os.chdir(where)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = [module, *words]
-    sys.path[:1] = [where, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    module = words[1] if words[0] == "-m" else ""
+    sys.argv = words[1:] if module else words
+    first = where if module else str(Path(words[0]).parent)
+    sys.path[:1] = [first, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     caller.sendall(f"{os.getpid()}\n".encode())
+    threading.Thread(target=_die_with, args=(caller,), daemon=True).start()
     status = _status_of(module)
     caller.sendall(f"{status}\n".encode())
     return status
 
 
+def _die_with(caller: socket.socket) -> None:
+    """It says nothing more, so its end of the line closes when it is killed."""
+    if not caller.recv(1):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _status_of(module: str) -> int:
+    """What a module, or the script in sys.argv, ends with."""
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if module:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
