@@ -23,7 +23,7 @@ from rankwise.verdicts import Verdict, texts_digest
 LABELS = (1, 0, -1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
     """Two answers of one row as one judge sees them; nats, above 0 for the first of the two places."""
 

@@ -88,7 +88,7 @@ class Reply:
     orderless: bool = False  # given without an order: what was said stands for both orders
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
     """A row of the table: a reply without the texts that it is about."""
 

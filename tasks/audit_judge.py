@@ -15,13 +15,14 @@ They are held against the judge's word by prompt and texts, whatever rows and pl
 from __future__ import annotations
 
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.rows import read_rows, read_table, write_aside
+from rankwise.rows import RowTable, read_rows, read_table, write_aside
 from rankwise.types import Row, UserError
 from tasks import verdicts
 from tasks.judges import make_panel
@@ -120,13 +121,16 @@ def _failed(
 
 def _tables(params: Params, paths: Paths) -> Tables:
     from rankwise.agreement import ranked_pairs
-    from rankwise.verdicts import read_verdicts
+    from rankwise.verdicts import joined
 
-    rows = {row.id: row for row in read_rows(paths.rollouts)}
+    rows: dict[str, Row] = {}
     given: dict[str, dict[str, list[Verdict]]] = {}
-    for row_id, mine in read_verdicts(paths.verdicts, rows).items() if rows else ():
+    judged = RowTable(paths.rollouts)
+    for row, mine in joined(paths.verdicts, judged) if len(judged) else ():
+        rows[row.id] = _texts_alone(row)
         for verdict in mine:
-            given.setdefault(verdict.judge, {}).setdefault(row_id, []).append(verdict)
+            lean = replace(verdict, identity=sys.intern(verdict.identity), texts="", raw="", reason="")
+            given.setdefault(sys.intern(verdict.judge), {}).setdefault(row.id, []).append(lean)
     votes = _gold_verdicts(paths.gold, rows)
     if votes is not None:
         why = f"{paths.gold} speaks of none of the pairs"
@@ -137,6 +141,12 @@ def _tables(params: Params, paths: Paths) -> Tables:
     gold = _gold((pair, int(pair.preference)) for row in labelled for pair in ranked_pairs(row))
     why = "the judge gave no verdict on its rows" if labelled else f"{paths.gold} holds no ranked row"
     return Tables(rows=rows, given=given, gold=gold, gold_rows=labelled, no_gold=why)
+
+
+def _texts_alone(row: Row) -> Row:
+    """What is held of every row: with their tokens, answers take several times the memory."""
+    answers = tuple(replace(answer, token_ids=None, logps=None) for answer in row.answers)
+    return replace(row, answers=answers, meta={})
 
 
 def _gold(labels: Iterable[tuple[Pair, int]]) -> Gold:
