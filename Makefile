@@ -8,9 +8,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Processes that share the tests out, file by file; each takes about 1 GiB. One more than the two cores of a small machine:
+# Processes that share the tests out, file by file; each takes about 1 GiB. More than the two cores of a small machine:
 # many tests wait for servers.
-TEST_WORKERS ?= 3
+TEST_WORKERS ?= 4
 READY  := $(VENV)/.installed
 # Every file that pip fetches is held against the lock; the project's own folder, of which there is no hash, may stand
 # beside them. pip itself comes first: an older one cannot do that.
@@ -36,7 +36,7 @@ repro: $(READY) ## the same stages by DVC alone, without Prefect
 	@PATH="$(abspath $(BIN)):$$PATH" python -m flows.guarded_dvc repro $(TARGET)
 
 test: $(READY) ## the tests that take seconds; PYTEST_ARGS='-m "slow or not slow"' for all
-	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 suite: ## all tests, the slow ones included; leaves .rankwise/suite.md
 	@$(MAKE) --no-print-directory test PYTEST_ARGS='-m "slow or not slow" --suite-report=.rankwise/suite.md $(PYTEST_ARGS)'
