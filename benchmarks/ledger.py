@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-# What a kill may cost of finished work, by kind: so many verdicts wait for a place in the store; answers to prompts, on
-# a CPU, until two batches of them are complete.
+# What a kill may cost of finished work, by kind: so many verdicts wait for a place in the store; prompts, on a CPU,
+# until two batches of answers are complete, of which the default's evaluation has one a prompt.
 BOUND = {"verdict": 64, "answers": 512}
 
 

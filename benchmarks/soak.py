@@ -41,7 +41,7 @@ from rankwise.types import UserError
 
 FACTORS = (1, 5, 20, 50)  # of the default's rows
 RECORDS = 1_000_000
-PARTS = (10, 2, 1)  # of these, each a run: at a tenth, what sorts on disk has not yet filled its memory
+PARTS = (10, 2, 1)  # a run with a tenth of them, with half, with all: at a tenth no sorting on disk has begun
 SIZES = {"sft": 6000, "rollout": 2000, "eval": 300, "labelled": 2000, "labelled_test": 300}  # the default's rows
 LIMIT_MIB = 1536  # of a stage's memory, whatever its rows
 RESERVED_MIB = 1536  # that torch and BLAS ask the kernel for beyond what they ever touch

@@ -15,7 +15,6 @@ from typing import Any
 
 from flows.summary import Outcome
 from rankwise.types import UserError
-from tasks import tracking
 
 # Lines of dvc that help a person at a prompt and only repeat themselves in a log of many stages.
 _HINTS = (
@@ -184,31 +183,32 @@ def _refuse_unknown(name: str, known: set[str]) -> None:
 
 
 def _set_aside_cut_locks() -> bool:
-    """Whether there were lock files that DVC was killed over: it empties one before it writes it, and reads it no more.
+    """Whether there were lock files that DVC was killed over: it empties one before it writes it, and cannot read it
+    any more. Any other fault is a person's to mend."""
+    from dvc.lock import LockError
+    from dvc.repo import Repo
 
-    One that a merge left half done is a person's to mend.
-    """
-    from dvc.exceptions import DvcException
-    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
-    from dvc.utils import strictyaml
+    graphs = (Path(ROOT), *Path().glob(f"*/{ROOT}"))
+    locks = [lock for graph in graphs if (lock := graph.with_suffix(".lock")).exists()]
+    try:
+        with Repo(".") as repo, repo.lock:  # or a DVC that runs would be writing one
+            cut = [lock for lock in locks if _is_cut(lock.read_bytes())]
+            for lock in cut:
+                lock.replace(lock.with_name(f"{lock.name}.cut"))
+    except LockError:
+        return False
+    for lock in cut:
+        print(
+            f"{lock} ends in the middle: DVC was killed while it wrote it. It is {lock}.cut now; what was done comes "
+            "from DVC's run cache",
+            flush=True,
+        )
+    return bool(cut)
 
-    found, graphs = False, (Path(ROOT), *Path().glob(f"*/{ROOT}"))
-    for lock in filter(Path.exists, (graph.with_suffix(".lock") for graph in graphs)):
-        try:
-            strictyaml.load(str(lock), COMPILED_LOCKFILE_SCHEMA)
-        except DvcException:
-            if "<<<<<<<" in lock.read_text(encoding="utf-8", errors="replace"):
-                continue
-            aside = tracking.home() / f"{str(lock).replace('/', '-')}.cut"
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            lock.replace(aside)
-            print(
-                f"{lock} is cut off: DVC was killed while it wrote it. It is {aside} now; what was done comes from "
-                "DVC's run cache",
-                flush=True,
-            )
-            found = True
-    return found
+
+def _is_cut(lock: bytes) -> bool:
+    """Whether it is the beginning of a lock file as DVC writes it, which ends in a line's end."""
+    return not lock or (lock.startswith(b"schema: '2.0'\n") and not lock.endswith(b"\n"))
 
 
 @contextlib.contextmanager

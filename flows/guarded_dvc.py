@@ -3,13 +3,14 @@
 What is in a folder stands in a listing, and a listing comes from a remote or an import, which others may write. dvc
 3.67 puts a file where its listing says, ../../.bashrc too; here such a listing is refused whole.
 
-It also empties dvc.lock before it writes it anew, which takes tenths of a second: killed then, it can read it no more.
-Here the new one takes the place of the old.
+It also empties dvc.lock as a stage ends, and needs tenths of a second to write it anew: killed then, it can read it no
+more. Here the new one takes the place of the old.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 
 def guard() -> None:
     """From here on, DVC in this process refuses such listings: as it reads them, and as it is about to write, since it
-    keeps what it has read before. And it changes a file of its own whole."""
+    keeps what it has read before. And it puts the lock files that it changes in place whole."""
     from dvc.utils.serialize import _common
     from dvc_data.hashfile.tree import Tree
     from dvc_data.index import checkout
@@ -36,9 +37,13 @@ def guard() -> None:
     dump = _common._dump_data
 
     def whole(path: str, *rest: Any, **named: Any) -> None:
-        aside = f"{path}.tmp"
-        dump(aside, *rest, **named)
-        os.replace(aside, path)
+        if not str(path).endswith(".lock"):
+            return dump(path, *rest, **named)
+        there = os.path.realpath(path)
+        dump(f"{there}.tmp", *rest, **named)
+        if os.path.exists(there):
+            shutil.copymode(there, f"{there}.tmp")
+        os.replace(f"{there}.tmp", there)
 
     Tree.from_list, checkout.apply, _common._dump_data = classmethod(from_list), guarded, whole
 

@@ -2,10 +2,10 @@
 
 Each prompt is run once for its K answers, and an answer that ends makes room for another prompt's. Every answer draws
 from a stream of its own, seeded by (seed, prompt id, round, k): the same answer comes out whatever the batch size, the
-order, the number of processes or a restart in between, as long as the model's forward pass rounds alike. It does where
-the same answers are computed together. So on a CPU, whose results people compare bit for bit, prompts are answered a
-part at a time, and a part that was broken off is answered whole; there a part's end, with few answers under way, costs
-little. A GPU would stand idle, and no two of its runs are alike anyway.
+order, the number of processes or a restart in between, as long as the model's forward pass rounds alike. On a
+CPU it does where the same answers are computed together. So there, where runs are compared bit for bit, prompts are
+answered a part at a time, and a part that was broken off is answered again as a whole. A part's end, with few answers
+under way, costs little on a CPU; a GPU would stand idle.
 """
 
 from __future__ import annotations

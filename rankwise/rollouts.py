@@ -28,7 +28,7 @@ from rankwise.sampling import Engine, Sampled, Sampling, Wanted, seed_of
 from rankwise.store import Store
 from rankwise.types import Answer, Row, Unavailable, UserError
 
-COMMIT_ROWS = 64  # finished rows are put into the store by so many, once the engine lets them go …
+COMMIT_ROWS = 64  # rows that the engine lets go are put into the store by so many …
 COMMIT_S = 1.0  # … or when one comes and the last time was so long ago; a kill loses those in between
 CHUNK_ROWS = 256  # rows in a message to the first process, or taken from the store at once
 WINDOW_ROWS = 8192  # prompts in memory; the shortest of them are begun first
@@ -199,7 +199,8 @@ def _fill(
         return 0, 0.0, None
     fresh: dict[str, Any] = {}
     began = committed = time.monotonic()
-    tokens, trouble, settled = 0, None, True
+    part: dict[str, Any] = {}  # what the engine does not let go yet
+    tokens, trouble = 0, None
 
     def commit() -> None:
         nonlocal committed
@@ -215,17 +216,18 @@ def _fill(
     ):
         try:
             for index, sampled in answers:
-                fresh[keys[index]] = {"engine": engine.version, "answers": [_kept(one) for one in sampled]}
+                part[keys[index]] = {"engine": engine.version, "answers": [_kept(one) for one in sampled]}
+                if engine.settled:
+                    fresh.update(part)
+                    part.clear()
                 tokens += sum(len(one.token_ids or ()) for one in sampled)
                 progress.advance(request.k, **{"tokens/s": tokens / (time.monotonic() - began)})
-                settled = engine.settled
-                if settled and (len(fresh) >= COMMIT_ROWS or time.monotonic() - committed >= COMMIT_S):
+                if fresh and (len(fresh) >= COMMIT_ROWS or time.monotonic() - committed >= COMMIT_S):
                     commit()
         except UserError as error:
             trouble = error
         finally:
-            if settled:
-                commit()
+            commit()
     return tokens, time.monotonic() - began, trouble
 
 

@@ -59,8 +59,8 @@ class Engine(Protocol):
     """What answers prompts: rankwise.generation in this process, rankwise.endpoint through a server."""
 
     version: str  # program and release, kept with each answer; a server's is known once it has answered
-    # Whether the answers so far may be kept by themselves; False: those that they were computed beside are still to
-    # come, and without these the rest would round otherwise.
+    # Whether all answers so far may be kept; False: others that were computed beside the last ones are still to come,
+    # and would round otherwise if they were computed alone.
     settled: bool
 
     def identity(self) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def joined(path: Path, rows: Iterable[Row]) -> Iterator[tuple[Row, list[Verdict]
 
     Raises what read_verdicts raises.
     """
-    by_row = itertools.groupby(_verdicts(path), key=lambda verdict: verdict.row_id)
+    by_row = itertools.groupby(_in_order(path), key=lambda verdict: verdict.row_id)
     row_id, verdicts = next(by_row, (None, ()))
     for row in rows:
         if row_id is not None and row_id < row.id:
@@ -213,6 +213,18 @@ def joined(path: Path, rows: Iterable[Row]) -> Iterator[tuple[Row, list[Verdict]
         yield row, mine
     if row_id is not None:
         _check(next(iter(verdicts)), None, path)
+
+
+def _in_order(path: Path) -> Iterator[Verdict]:
+    last = ""
+    for verdict in _verdicts(path):
+        if verdict.row_id < last:
+            raise UserError(
+                f"{path}: row {verdict.row_id!r} stands behind row {last!r}, and verdicts are sorted by row id: "
+                f"{REBUILD}, or sort it by row_id"
+            )
+        last = verdict.row_id
+        yield verdict
 
 
 def _verdicts(path: Path) -> Iterator[Verdict]:

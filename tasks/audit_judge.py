@@ -129,8 +129,9 @@ def _tables(params: Params, paths: Paths) -> Tables:
     for row, mine in joined(paths.verdicts, judged) if len(judged) else ():
         rows[row.id] = _texts_alone(row)
         for verdict in mine:
-            lean = replace(verdict, identity=sys.intern(verdict.identity), texts="", raw="", reason="")
-            given.setdefault(sys.intern(verdict.judge), {}).setdefault(row.id, []).append(lean)
+            names = {"judge": sys.intern(verdict.judge), "identity": sys.intern(verdict.identity)}
+            lean = replace(verdict, **names, texts="", raw="", reason="")
+            given.setdefault(lean.judge, {}).setdefault(row.id, []).append(lean)
     votes = _gold_verdicts(paths.gold, rows)
     if votes is not None:
         why = f"{paths.gold} speaks of none of the pairs"

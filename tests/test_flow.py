@@ -121,15 +121,18 @@ def test_over_a_lock_that_dvc_left_cut_off_nothing_is_computed_again(finished, a
     whole = lock.read_bytes()
     lock.write_bytes(whole[: int(len(whole) * share)])
     told = finished.run(PREFECT_API_URL=api)
-    assert told.returncode == 0 and ("dvc.lock is cut off" in told.stdout) == (share == 0), told.stdout
+    assert told.returncode == 0 and ("dvc.lock ends in the middle" in told.stdout) == (share == 0), told.stdout
     assert lock.read_bytes() == whole and finished.attempts() == before
 
 
-def test_a_lock_that_a_merge_left_is_a_persons_to_mend(finished, api):
+@pytest.mark.parametrize(("old", "new"), [("schema: '2.0'", "<<<<<<< ours"), ("stages:", "stagez:"), ("2.0", "3.0")])
+def test_a_lock_that_is_wrong_in_another_way_is_a_persons_to_mend(finished, api, old, new):
+    """A merge left it half done, a slip of a hand, a newer DVC."""
     lock = finished.root / "dvc.lock"
-    lock.write_text("<<<<<<< ours\n" + lock.read_text())
+    lock.write_text(lock.read_text().replace(old, new, 1))
+    wrong = lock.read_bytes()
     told = finished.run(PREFECT_API_URL=api)
-    assert told.returncode == 2 and "dvc.lock" in told.stdout and "<<<<<<< ours" in lock.read_text()
+    assert told.returncode == 2 and "dvc.lock" in told.stdout and lock.read_bytes() == wrong
 
 
 @pytest.mark.parametrize("guarded", [True, False])
@@ -151,7 +154,8 @@ main(["repro", "--force", "sft"])
 """
     lock = finished.root / "dvc.lock"
     before = lock.read_text()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
     done = subprocess.run([sys.executable, "-c", script], cwd=finished.root, env=environment, capture_output=True)
     assert done.returncode == 9, done.stderr.decode()
     assert (lock.read_text() == before) == guarded

@@ -175,11 +175,15 @@ def test_what_had_finished_is_kept_however_it_ends(asked, store, error):
     assert work.computed == len(rest.asked) == 2 and len(rows) == 5
 
 
-@pytest.mark.parametrize("after", [0, 1, 9, 16, 20])
-def test_stopped_anywhere_the_rest_is_computed_beside_the_same_neighbours(asked, store, tmp_path, monkeypatch, after):
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+@pytest.mark.parametrize("after", [0, 1, 8, 9, 15, 16, 20])
+@pytest.mark.parametrize("where", ["engine", "bar"])
+def test_stopped_anywhere_the_rest_is_computed_beside_the_same_neighbours(
+    asked, store, tmp_path, monkeypatch, where, after, seconds
+):
     """On a CPU, to the last bit: parts of 8 prompts, of which one that was broken off is answered whole."""
     monkeypatch.setattr(rollouts, "LOGP_DIGITS", 17)
-    monkeypatch.setattr(rollouts, "COMMIT_S", 0.0)
+    monkeypatch.setattr(rollouts, "COMMIT_S", seconds)
     asked = dataclasses.replace(asked, batch_sequences=12, sampling=Sampling(max_new_tokens=12))
     expected, _ = sample_rows(prompt_rows(21), asked, store)
     engine = rollouts.engine_of(asked)
@@ -190,16 +194,27 @@ def test_stopped_anywhere_the_rest_is_computed_beside_the_same_neighbours(asked,
 
         def answers(self, wanted):
             for number, answer in enumerate(engine.answers(wanted)):
-                if number == after:
+                if (where, number) == ("engine", after):
                     raise Stopped
                 yield answer
 
+    class Bar(rollouts.Progress):
+        calls = 0
+
+        def advance(self, *_, **__):
+            self.calls += 1
+            if (where, self.calls) == ("bar", after + 1):
+                raise Stopped
+
+    whole = (after + (where == "bar")) // 8 * 8  # at the bar, that many answers have come
+    whole = 21 if (where, after) == ("bar", 20) else whole
     with Store(tmp_path / "other.sqlite") as other:
-        with pytest.raises(Stopped):
+        with monkeypatch.context() as patched, pytest.raises(Stopped):
+            patched.setattr(rollouts, "Progress", Bar)
             sample_rows(prompt_rows(21), asked, other, engine=Cut())
-        assert len(other) == after // 8 * 8
+        assert len(other) == whole
         rows, work = sample_rows(prompt_rows(21), asked, other)
-    assert rows == expected and work.computed == 21 - after // 8 * 8
+    assert rows == expected and work.computed == 21 - whole
 
 
 @pytest.mark.parametrize(("rows", "seconds", "commits"), [(2, 1e9, [2, 2, 1]), (64, 0.0, [1] * 5), (64, 1e9, [5])])

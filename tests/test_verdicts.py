@@ -1,11 +1,12 @@
 """The table of verdicts: what is written is read, nothing is lost, nothing is made up."""
 
+import pyarrow.parquet as pq
 import pytest
 
 from rankwise.judging import Question, Reply
 from rankwise.rows import read_table, write_rows
 from rankwise.types import Answer, Row, UserError, text_prompt
-from rankwise.verdicts import SCHEMA, read_verdicts, write_verdicts
+from rankwise.verdicts import SCHEMA, joined, read_verdicts, write_verdicts
 
 
 def reply(row_id: str, places: tuple[int, ...], values, *, sample=0, attempt=0, **fields) -> Reply:
@@ -48,6 +49,17 @@ def test_the_same_replies_are_the_same_bytes_in_whatever_order_the_rows_came(tmp
     write_verdicts(tmp_path / "one.parquet", REPLIES)
     write_verdicts(tmp_path / "two.parquet", [REPLIES[2], *REPLIES[:2], REPLIES[3]])
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
+
+
+def test_a_table_out_of_order_is_told_as_that(tmp_path):
+    """One that was made elsewhere: rows and verdicts are read side by side."""
+    replies = [("words", "", reply(row_id, (0,), (1.0,))) for row_id in "ab"]
+    write_verdicts(tmp_path / "v.parquet", replies)
+    table = read_table(tmp_path / "v.parquet")
+    pq.write_table(table.take([1, 0]), tmp_path / "v.parquet")
+    rows = [Row(id=row_id, prompt=text_prompt("p"), answers=(Answer(text="answer 0", source="s"),)) for row_id in "ab"]
+    with pytest.raises(UserError, match=r"v.parquet: row 'a' stands behind row 'b'"):
+        list(joined(tmp_path / "v.parquet", rows))
 
 
 def test_no_reply_is_a_table_too(tmp_path):

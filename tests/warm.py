@@ -9,6 +9,7 @@ flow use the real one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -36,7 +37,7 @@ PRELOADED = (
 CALLER = """#!{python} -IS
 import json, os, signal, socket, sys
 words = sys.argv[1:]
-if not (words[:1] == ["-m"] and words[1].startswith("tasks.") or words[0].endswith(".py")):
+if not (words[:1] == ["-m"] and words[1].startswith("tasks.") or "".join(words[:1]).endswith(".py")):
     os.execv("{python}", ["{here}", *words])
 server = socket.socket(socket.AF_UNIX)
 server.connect("{address}")
@@ -113,9 +114,10 @@ def _run(caller: socket.socket) -> int:
 
 
 def _die_with(caller: socket.socket) -> None:
-    """It says nothing more, so its end of the line closes when it is killed."""
-    if not caller.recv(1):
-        os.kill(os.getpid(), signal.SIGKILL)
+    """Killed as soon as the caller is gone: it sends nothing more, so recv returns at its end."""
+    with contextlib.suppress(OSError):
+        caller.recv(1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _status_of(module: str) -> int:
