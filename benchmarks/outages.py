@@ -49,6 +49,9 @@ def _tracker(ground: Ground, options: argparse.Namespace) -> str:
     try:
         run = Command(copy, ("dvc", "repro", "sft"))
         run.until("sft", "step", 3)
+        deadline = time.monotonic() + 60.0
+        while not _in_mlflow(home / "mlflow.db", "sft") and time.monotonic() < deadline:
+            time.sleep(0.1)  # MLflow's client takes seconds to import: the run is to have begun there
         end(server)
         began = time.monotonic()
         time.sleep(options.outage)
