@@ -108,6 +108,7 @@ class Ground:
         shutil.rmtree(copy.root / ".dvc/cache/runs", ignore_errors=True)  # or DVC would take results from there
         later = self.stages[self.stages.index(stage) :]
         copy.run("python", "-c", FORGET, *later)
+        copy.run("dvc", "gc", "--quiet", "--force", "--workspace")  # what they are about to make is not there already
         return copy
 
     @property
