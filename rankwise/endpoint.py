@@ -11,7 +11,6 @@ request; elsewhere each answer is a request of its own. How far a seed determine
 from __future__ import annotations
 
 import functools
-import math
 import sys
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
@@ -234,7 +233,7 @@ def _prompt_tokens(reply: dict[str, Any]) -> int | None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # a whole number may be larger
 
 
 async def _is_transformers(client: Client) -> bool:

@@ -171,6 +171,7 @@ ODD = {  # what is done to a choice of a whole reply
     "a list for log-probs": lambda choice: choice.update(logprobs=[-1.0]),
     "no number among the log-probs": lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(0, None),
     "a log-prob that is not finite": lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(0, float("nan")),
+    "a log-prob that no float holds": lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(0, -(10**400)),
     "a text for ids": lambda choice: choice.update(token_ids="abc", logprobs=None),
     "texts for ids": lambda choice: choice.update(token_ids=["1", "2"], logprobs=None),
     "ids that are no list": lambda choice: choice.update(token_ids=7),
