@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
     machine = cli.machine(options, ceiling=False)
     chosen = cli.choose(options, cases[0])
     # One side at a time, thrice: a peak needs few steps, and neither side is to lack memory for the other's sake.
-    effort = replace(cli.effort(options), rounds=3, exclusive=True)
+    effort = replace(cli.effort(options), rounds=options.rounds or 3, exclusive=True)
     results = [measure(case, cli.fitted(chosen, case), effort) for case in cases]
     record = cli.record("memory", options, machine, parity, chosen, results)
     title = f"peak memory of a {options.task.upper()} step above imports, and in all; ratio: ours / TRL"

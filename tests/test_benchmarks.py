@@ -559,7 +559,7 @@ def test_a_second_reference_pass_recomputes_nothing(tmp_path):
 @pytest.mark.slow
 def test_memory_is_counted_above_what_imports_take(tmp_path):
     file = tmp_path / "record.json"
-    told = run("memory", "--quick", "--device", "cpu", "--json", str(file))
+    told = run("memory", "--quick", "--rounds", "1", "--device", "cpu", "--json", str(file))
     assert told.returncode == 0, told.stderr
     (result,) = json.loads(file.read_text())["results"]
     for side in (result["ours"], result["trl"]):
