@@ -26,7 +26,9 @@ def draw(lines: Sequence[dict[str, Any]], path: Path, *, limit_mib: int) -> None
         memory, time = figure.subplots(1, 2)
         for number, what in enumerate(dict.fromkeys(one["what"] for one in lines)):
             mine = [one for one in lines if one["what"] == what]
-            look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)], "markersize": 5}
+            again, colour = divmod(number, len(COLOURS))
+            look = {"color": COLOURS[colour], "marker": MARKS[number % len(MARKS)], "markersize": 5}
+            look["linestyle"] = "--" if again else "-"
             rows = [one["rows"] for one in mine]
             memory.plot(rows, [one["peak_bytes"] / 2**20 for one in mine], **look, label=what)
             # A start's time is spread over few rows at the left: so the rows by which a run is larger, at its size.
