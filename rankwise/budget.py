@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rankwise.store import BUSY_TIMEOUT_S, share
 from rankwise.types import UserError
 
-BUSY_TIMEOUT_S = 60
 _TABLES = """
 CREATE TABLE IF NOT EXISTS spending (
     run INTEGER PRIMARY KEY, account TEXT NOT NULL, requests INTEGER NOT NULL DEFAULT 0,
@@ -77,7 +77,7 @@ class Budget:
             self._db = sqlite3.connect(
                 path or ":memory:", timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )  # without a level, transactions are begun by hand
-            self._db.execute("PRAGMA journal_mode = WAL")
+            share(self._db)
             # A killed process loses nothing that it wrote, and a request is not worth a wait for the disk.
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.executescript(_TABLES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,19 @@ from rankwise.types import UserError
 
 BUSY_TIMEOUT_S = 60
 LOOKUP = 500  # keys a query; SQLite's limit on variables was 999 for long
+
+
+def share(database: sqlite3.Connection) -> None:
+    """Let processes read it while one writes (WAL); SQLite makes none wait for another that is changing to that."""
+    until = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+        time.sleep(0.01)
 
 
 class Store:
@@ -34,7 +48,7 @@ class Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._told():
             self._db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S)
-            self._db.execute("PRAGMA journal_mode = WAL")
+            share(self._db)
             self._db.execute(
                 "CREATE TABLE IF NOT EXISTS rows (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
             )

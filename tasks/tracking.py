@@ -230,7 +230,8 @@ class _Worker:
         except OSError as error:
             self._fail(str(error))
             return
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         self.send({"do": "start", "ms": int(time.time() * 1000), **start})
 
     def send(self, message: dict[str, Any]) -> None:
@@ -263,6 +264,7 @@ class _Worker:
         # One that is slow is left to finish: it ends by itself, in a minute at most, and holds no output of ours.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=1.0)
+            self._listener.join(timeout=1.0)  # a warning that is on its way comes before the stage's end
 
     def _listen(self) -> None:
         reply: dict[str, Any] = {}

@@ -408,11 +408,11 @@ def test_processes_share_what_no_machine_has_and_the_first_gets_all(tmp_path, mo
 def test_a_launch_of_which_one_is_killed_is_continued_by_any_number(tmp_path):
     request = Request(folder=model(tmp_path / "model"), sampling=Sampling(max_new_tokens=6), k=3)
     process = several.launch(tmp_path, "in_a_launch_with_a_death", of="test_rollouts")
-    process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     with Store(tmp_path / "rows.sqlite") as store:
         kept = len(store)
-        assert 2 <= kept <= 8  # the second's two, and what the first had before it was told to leave
+        assert 2 <= kept <= 8, said  # the second's two, and what the first had before it was told to leave
         rest = Dice()
         rows, work = sample_rows(prompt_rows(12), request, store, engine=rest)
         assert work.computed == len(set(rest.asked)) == len(rest.asked) == 12 - kept and len(store) == 12

@@ -7,6 +7,8 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from test_scoring import alone, tiny, token_rows
@@ -52,6 +54,22 @@ def test_two_processes_write_and_read_at_once(tmp_path):
         assert other.get_many(["a"]) == {"a": 1}
         other.put_many({"b": 2})
         assert one.get_many(["b"]) == {"b": 2}
+
+
+def test_processes_that_make_it_at_one_moment_wait_for_each_other(tmp_path):
+    """As those of a launch do: SQLite itself makes none wait that changes how a file is written."""
+
+    def opened(path, start) -> int:
+        start.wait()
+        with Store(path) as store:
+            store.put_many({"a": 1})
+            return len(store)
+
+    for number in range(60):
+        start = threading.Barrier(6)
+        with ThreadPoolExecutor(6) as several:
+            told = [several.submit(opened, tmp_path / f"{number}.sqlite", start) for _ in range(6)]
+        assert [one.result() for one in told] == [1] * 6
 
 
 def test_a_kill_loses_at_most_the_batch_in_flight(tmp_path):
