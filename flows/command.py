@@ -85,12 +85,10 @@ class Command:
         if url is None:
             began = time.monotonic()
             print("starting a Prefect server for this run ...", flush=True)
-            own = server.Server(server.free_port(server.DEFAULT_PORT), lean=True)
+            own = server.Server.for_one_run()
+            url, took = own.url, time.monotonic() - began
+            print(f"Prefect answers at {url.removesuffix('/api')} after {took:.1f} s", flush=True)
         try:
-            if own is not None:
-                own.wait()
-                url, took = own.url, time.monotonic() - began
-                print(f"Prefect answers at {url.removesuffix('/api')} after {took:.1f} s", flush=True)
             return self._run_at(url, given, again, kept=own is None)
         finally:
             if own is not None:

@@ -10,6 +10,7 @@ keeps open here, else one that it starts for itself. Prefect's own serverless mo
 from __future__ import annotations
 
 import argparse
+import base64
 import http.client
 import json
 import os
@@ -43,6 +44,7 @@ class Server:
     def __init__(self, port: int, *, lean: bool):
         """Start it and return at once; wait() until it answers. lean leaves scheduling services out."""
         HOME.mkdir(parents=True, exist_ok=True)
+        self.port = port
         self.url = f"http://127.0.0.1:{port}/api"
         self.log = HOME / "server.log"
         # A home of its own: a person's Prefect profile and database are left as they are.
@@ -64,17 +66,36 @@ class Server:
                 start_new_session=True,
             )
 
+    @classmethod
+    def for_one_run(cls) -> Server:
+        """A lean one that answers: on DEFAULT_PORT, or another where that is taken, also while this one starts.
+
+        Prefect binds the port at the end of its start, seconds after the look whether it is free.
+        """
+        server = cls(free_port(DEFAULT_PORT), lean=True)
+        try:
+            server.wait()
+        except UserError:
+            if free_port(server.port) == server.port:
+                raise
+            server = cls(free_port(), lean=True)
+            server.wait()
+        return server
+
     def wait(self) -> None:
-        """Return when the server answers; raises UserError with the end of its log if it does not."""
+        """Return when the server answers, else stop it; raises UserError with the end of its log if it does not."""
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not healthy(self.url):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                raise UserError(
-                    f"the local Prefect server did not start ({self.log}): {_last_line(self.log)}; "
-                    "set PREFECT_API_URL to use another, or run `dvc repro`, which needs none"
-                )
-            time.sleep(0.1)
+        try:
+            while not ours(self.url):
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise UserError(
+                        f"the local Prefect server did not start ({self.log}): {_last_line(self.log)}; "
+                        "set PREFECT_API_URL to use another, or run `dvc repro`, which needs none"
+                    )
+                time.sleep(0.1)
+        except BaseException:
+            self.stop()
+            raise
 
     def join(self) -> int:
         """Wait for the server to end; returns its exit status."""
@@ -99,15 +120,21 @@ def kept_open() -> str | None:
         url = json_text.parse((HOME / "server.json").read_text(encoding="utf-8"))["url"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return url if isinstance(url, str) and healthy(url) else None
+    return url if isinstance(url, str) and ours(url) else None
 
 
-def healthy(url: str) -> bool:
-    """Whether a Prefect API answers at this address."""
+def ours(url: str) -> bool:
+    """Whether the Prefect API at this address is that of this checkout, by the folder of its database.
+
+    That it answers is not enough: another checkout's server may have taken the port, and would go with its own run.
+    """
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as reply:
-            return reply.status == 200
-    except (OSError, ValueError, http.client.HTTPException):  # also where it is no address at all
+        request = urllib.request.Request(f"{url}/admin/settings")
+        if secret := os.environ.get("PREFECT_API_AUTH_STRING"):
+            request.add_header("Authorization", f"Basic {base64.b64encode(secret.encode()).decode()}")
+        with urllib.request.urlopen(request, timeout=2) as reply:
+            return json_text.parse(reply.read().decode())["home"] == str(HOME.resolve())
+    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):  # also where it is no address
         return False
 
 

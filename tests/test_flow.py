@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -342,6 +344,33 @@ def test_a_run_with_its_own_server_keeps_every_row_and_leaves_no_process(toy, mo
             assert set(task_runs(client, run_id(said.stdout), len(Toy.ORDER))) == set(Toy.ORDER)
     finally:
         again.stop()
+
+
+def test_a_neighbours_server_is_not_the_one_that_this_checkout_keeps_open(api, tmp_path, monkeypatch):
+    """Its page was ended outright and left its note; another checkout's has the port since."""
+    monkeypatch.setattr(server, "HOME", tmp_path)
+    (tmp_path / "server.json").write_text(json.dumps({"url": api}))
+    assert server.kept_open() is None
+    monkeypatch.setattr(server, "HOME", Path(home_of(api)))
+    assert server.ours(api)
+
+
+@pytest.mark.slow
+def test_a_neighbour_that_takes_the_port_while_a_server_starts_is_not_taken_for_it(api, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "HOME", tmp_path)
+    monkeypatch.setattr(server, "DEFAULT_PORT", int(api.removesuffix("/api").rpartition(":")[2]))
+    looks, really = iter([server.DEFAULT_PORT]), server.free_port
+    monkeypatch.setattr(server, "free_port", lambda port=None: next(looks, None) or really(port))
+    own = server.Server.for_one_run()
+    try:
+        assert own.url != api and home_of(own.url) == str(tmp_path)
+    finally:
+        own.stop()
+
+
+def home_of(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/admin/settings", timeout=20) as reply:
+        return json.load(reply)["home"]
 
 
 @pytest.mark.slow
