@@ -55,8 +55,9 @@ class Repository:
         """Write params.yaml anew: tiny, with a recipe over it."""
         (self.root / "params.yaml").write_text(tiny.render(tiny.over(tiny.TINY, recipe)))
 
-    def command(self, *words: str) -> str:
-        done = subprocess.run(words, cwd=self.root, env=self.environment(), capture_output=True, text=True, timeout=500)
+    def command(self, *words: str, **environment: str) -> str:
+        environment = {**self.environment(), **environment}
+        done = subprocess.run(words, cwd=self.root, env=environment, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 

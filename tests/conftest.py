@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny tensors gain nothing from threads, and two of them spinning for each other on a busy machine cost minutes.
@@ -90,7 +91,7 @@ class Toy:
 
     def command(self, *words: str, **environment: str) -> subprocess.CompletedProcess:
         """Run a command of this environment in the project; raises if it fails."""
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        path = os.pathsep.join([str(warm.folder()), str(Path(sys.executable).parent), os.environ["PATH"]])
         return subprocess.run(
             words, cwd=self.root, env={**os.environ, "PATH": path, **environment}, check=True, capture_output=True
         )
@@ -135,9 +136,16 @@ def prefect_server(folders: pytest.TempPathFactory, *, lean: bool) -> Iterator[s
             running.stop()
 
 
+@pytest.fixture(scope="session")
+def api(tmp_path_factory):
+    """A Prefect server for flows that need not start their own; gives its API address."""
+    with prefect_server(tmp_path_factory, lean=True) as url:
+        yield url
+
+
 @pytest.fixture
 def client(api):
-    """A client of the server whose address the file's fixture `api` gives."""
+    """A client of the server whose address the fixture `api` gives."""
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL, temporary_settings
 

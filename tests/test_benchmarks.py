@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 
 from benchmarks import (
     cli,
@@ -48,7 +49,7 @@ FP32 = OurSetting(precision="fp32", budget=64)
 
 def run(name: str, *options: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *options],
+        [warm.folder() / "python", "-m", f"benchmarks.{name}", *options],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,

@@ -14,18 +14,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import Toy, prefect_server
+from conftest import Toy
 
 from flows import keys, process, server, stages, summary
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory):
-    """A Prefect server for the tests of this file; gives its API address."""
-    with prefect_server(tmp_path_factory, lean=True) as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

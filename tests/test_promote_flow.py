@@ -7,7 +7,6 @@ import threading
 import time
 
 import pytest
-from conftest import prefect_server
 
 from flows import promote as module
 from rankwise.types import UserError
@@ -23,13 +22,6 @@ RECORD = {
     "pages": {"champion": "http://m/1", "challenger": "http://m/2", "model": "http://m"},
     "decision": None,
 }
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory):
-    """A Prefect server for the tests of this file; gives its API address."""
-    with prefect_server(tmp_path_factory, lean=True) as url:
-        yield url
 
 
 @pytest.fixture

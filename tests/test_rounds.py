@@ -466,9 +466,9 @@ def test_a_count_changed_by_hand_stops_dvc_and_the_flow(repository):
 
 
 @pytest.mark.slow
-def test_the_flow_leaves_the_lock_that_dvc_leaves(repository, tmp_path):
+def test_the_flow_leaves_the_lock_that_dvc_leaves(api, repository, tmp_path):
     other = Repository(tmp_path / "clone", shortened("spin"))
-    said = other.command("python", "-m", "flows.align")
+    said = other.command("python", "-m", "flows.align", PREFECT_API_URL=api)
     assert "round by round" in said
     assert (other.root / "dvc.lock").read_bytes() == (repository.root / "dvc.lock").read_bytes()
 

@@ -37,10 +37,12 @@ def project(tmp_path_factory, tmp_path) -> tiny.Project:
 ROOT = Path(__file__).parent.parent
 
 
-def command(project: tiny.Project, *words: str, **environment: str) -> subprocess.Popen:
+def command(
+    project: tiny.Project, *words: str, python: str = sys.executable, **environment: str
+) -> subprocess.Popen:
     """python -m WORDS as a user starts it, both streams in one pipe."""
     return subprocess.Popen(
-        [sys.executable, "-m", *words],
+        [python, "-m", *words],
         cwd=project.root,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -50,11 +52,11 @@ def command(project: tiny.Project, *words: str, **environment: str) -> subproces
 
 
 def launched(project: tiny.Project, stage: str, *options: str, **environment: str) -> subprocess.Popen:
-    """A stage in two processes of torchrun, which are forked (tests/warm.py)."""
+    """A stage in two processes of torchrun, all of them forked (tests/warm.py)."""
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     python = str(warm.folder() / "python")
     words = [*torchrun, python, "-m", f"tasks.{stage}", *options]
-    return command(project, *words, CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT), **environment)
+    return command(project, *words, python=python, CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT), **environment)
 
 
 # Outputs

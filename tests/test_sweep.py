@@ -218,11 +218,11 @@ def test_without_a_scorer_the_figure_says_what_is_missing(apply, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory) -> tuple[Repository, str]:
+def swept(api, tmp_path_factory) -> tuple[Repository, str]:
     """A tiny pipeline and a sweep over it, two points at a time, from nothing."""
     made = Repository(tmp_path_factory.mktemp("sweep") / "clone")
     (made.root / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
-    return made, made.command("python", "-m", "flows.frontier", "sweep.yaml", "--jobs", "2")
+    return made, made.command("python", "-m", "flows.frontier", "sweep.yaml", "--jobs", "2", PREFECT_API_URL=api)
 
 
 @pytest.mark.slow
@@ -239,14 +239,19 @@ def test_a_sweep_runs_from_nothing_to_its_figure(swept):
 
 
 @pytest.mark.slow
-def test_stopped_in_the_middle_no_point_goes_on_alone_and_the_same_command_continues(tmp_path):
+def test_stopped_in_the_middle_no_point_goes_on_alone_and_the_same_command_continues(api, tmp_path):
     made = Repository(tmp_path / "clone")
     made.command("dvc", "repro", "reference_logprobs@1", "audit_judge@1")
     made.warm = False  # points that are stopped are processes of their own
     (made.root / "sweep.yaml").write_text(yaml.safe_dump({**SWEEP, "seeds": [0], "temperatures": {}}))
     command = ["python", "-m", "flows.frontier", "sweep.yaml", "--jobs", "2"]
     flow = subprocess.Popen(
-        command, cwd=made.root, env=made.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=made.root,
+        env={**made.environment(), "PREFECT_API_URL": api},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     for line in flow.stdout:
         if "> exec python -m tasks.dpo --over" in line:
@@ -257,7 +262,7 @@ def test_stopped_in_the_middle_no_point_goes_on_alone_and_the_same_command_conti
     alive = [path for path in Path("/proc").glob("[0-9]*") if points_run_in(path, made.root)]
     assert alive == []
     made.warm = True
-    said = made.command(*command)
+    said = made.command(*command, PREFECT_API_URL=api)
     assert "failed" not in said and (made.root / "sweeps/small/frontier/plots/frontier.png").exists()
 
 
@@ -276,17 +281,17 @@ def test_the_pipelines_own_repro_does_not_run_the_sweep(swept):
 
 
 @pytest.mark.slow
-def test_one_more_value_costs_its_own_points(swept):
+def test_one_more_value_costs_its_own_points(api, swept):
     repository, _ = swept
     methods = {**SWEEP["methods"], "pl": {**SWEEP["methods"]["pl"], "vary": {"dpo.beta": [0.3, 0.6]}}}
     (repository.root / "sweep.yaml").write_text(yaml.safe_dump({**SWEEP, "methods": methods}))
-    said = repository.command("python", "-m", "flows.frontier", "sweep.yaml")
+    said = repository.command("python", "-m", "flows.frontier", "sweep.yaml", PREFECT_API_URL=api)
     assert " 5 ran" in said, "two policies, two evaluations, the figure"
     assert "every stage is up to date" in repository.command("python", "-m", "flows.frontier", "sweep.yaml")
 
 
 @pytest.mark.slow
-def test_a_point_that_fails_stops_what_follows_from_it_and_nothing_else(swept):
+def test_a_point_that_fails_stops_what_follows_from_it_and_nothing_else(api, swept):
     """At a rate of 1e38 pl's policy is no number; what it was evaluated as before is not drawn in its place."""
     repository, _ = swept
     broken = {**SWEEP["methods"]["pl"], "over": {"dpo": {"learning_rate": 1e38}}}
@@ -296,7 +301,7 @@ def test_a_point_that_fails_stops_what_follows_from_it_and_nothing_else(swept):
     done = subprocess.run(
         ["python", "-m", "flows.frontier", "sweep.yaml"],
         cwd=repository.root,
-        env=repository.environment(),
+        env={**repository.environment(), "PREFECT_API_URL": api},
         capture_output=True,
         text=True,
     )

@@ -1,15 +1,16 @@
-"""A `python` that need not import PyTorch: `python -m tasks.NAME`, or a script, is forked from a process that has.
+"""A `python` that need not import PyTorch, MLflow or DVC: it forks from a process that has.
 
 Most of a tiny stage's seconds are imports, and a test that runs the pipeline through DVC starts dozens. The folder of
-`folder()` goes first in PATH; it is that of a virtual environment with the packages of this one, so that a flow which
-its `python` runs starts the same for its stages. All else about a stage (its command, a process of its own, its status,
-its signals) is as ever; but it is killed a moment after its caller, and DVC is not its parent: tests that kill DVC or a
-flow use the real one.
+`folder()`, with a `dvc` too, goes first in PATH; it is that of a virtual environment with the packages of this one, so
+that what its `python` runs starts the same: a flow DVC, DVC a stage, a stage its tracker. Forked are scripts and the modules of FORKED;
+the rest runs as ever. All else about such a process (its command, descriptors, status, signals) is as ever too; but it
+is killed a moment after its caller, and DVC is not its parent: tests that kill DVC or a flow use the real one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import importlib
 import json
@@ -33,16 +34,21 @@ PRELOADED = (
     *("transformers.models.auto.tokenization_auto", "torch.distributed.tensor", "safetensors.torch", "peft", "pandas"),
     *("pyarrow.parquet", "pyarrow.dataset", "matplotlib.figure", "matplotlib.backends.backend_agg", "yaml", "tqdm"),
     *("matplotlib.font_manager", "rich.table", "rich.console"),
+    *("mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store"),
+    *("mlflow.system_metrics.system_metrics_monitor", "dvc.cli", "dvc.repo.reproduce", "dvc.repo.experiments"),
 )
+# Not flows: Prefect reads the environment as it is imported.
+FORKED = ("tasks.", "benchmarks.", "flows.guarded_dvc", "dvc", "torch.distributed.run")
 CALLER = """#!{python} -IS
 import json, os, signal, socket, sys
 words = sys.argv[1:]
-if not (words[:1] == ["-m"] and words[1].startswith("tasks.") or "".join(words[:1]).endswith(".py")):
+if not (words[:1] == ["-m"] and words[1].startswith({forked}) or "".join(words[:1]).endswith(".py")):
     os.execv("{python}", ["{here}", *words])
+streams = [n for n in map(int, os.listdir("/proc/self/fd")) if os.path.exists(f"/proc/self/fd/{{n}}")]
 server = socket.socket(socket.AF_UNIX)
 server.connect("{address}")
-asked = json.dumps([words, os.getcwd(), dict(os.environ)]).encode()
-socket.send_fds(server, [len(asked).to_bytes(8, "big")], [0, 1, 2])
+asked = json.dumps([words, os.getcwd(), dict(os.environ), streams]).encode()
+socket.send_fds(server, [len(asked).to_bytes(8, "big")], streams)
 server.sendall(asked)
 answers = server.makefile()
 pid = int(answers.readline())
@@ -60,9 +66,11 @@ def folder() -> Path:
     python.parent.mkdir()
     shutil.copy(Path(sys.prefix) / "pyvenv.cfg", made)
     (made / "lib").symlink_to(Path(sys.prefix) / "lib")
-    python.write_text(CALLER.format(python=sys.executable, here=python, address=address))
-    python.chmod(0o755)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    python.write_text(CALLER.format(python=sys.executable, here=python, address=address, forked=FORKED))
+    (dvc := python.with_name("dvc")).write_text(f'#!/bin/sh\nexec {python} -m dvc "$@"\n')
+    for command in (python, dvc):
+        command.chmod(0o755)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
     _KEPT.append(subprocess.Popen([sys.executable, __file__, address], stdin=subprocess.PIPE, env=environment))
     while not address.exists():
         time.sleep(0.05)
@@ -83,6 +91,7 @@ def _serve(address: str) -> None:
         caller, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
+            sys.executable = str(Path(address).with_name("bin") / "python")
             os._exit(_run(caller))
         caller.close()
 
@@ -90,12 +99,14 @@ def _serve(address: str) -> None:
 def _run(caller: socket.socket) -> int:
     """In a process of its own: what the caller asked for; tells it the process and, at the end, the status."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    size, streams, *_ = socket.recv_fds(caller, 8, 3)
+    size, given, *_ = socket.recv_fds(caller, 8, 64)
     asked = b""
     while len(asked) < int.from_bytes(size, "big"):
         asked += caller.recv(1 << 16)
-    words, where, environment = json.loads(asked)
-    for number, stream in enumerate(streams):
+    words, where, environment, streams = json.loads(asked)
+    # Each to its caller's number, which may be that of another that came, or of the way to the caller itself.
+    caller = socket.socket(fileno=_out_of_the_way(caller.detach()))
+    for number, stream in zip(streams, [_out_of_the_way(stream) for stream in given], strict=True):
         os.dup2(stream, number)
         os.close(stream)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, buffering=1) for n, mode in enumerate("rww"))
@@ -111,6 +122,13 @@ def _run(caller: socket.socket) -> int:
     status = _status_of(module)
     caller.sendall(f"{status}\n".encode())
     return status
+
+
+def _out_of_the_way(descriptor: int) -> int:
+    """The same one above the numbers that callers use."""
+    moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 900)
+    os.close(descriptor)
+    return moved
 
 
 def _die_with(caller: socket.socket) -> None:
