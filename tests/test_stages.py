@@ -37,9 +37,7 @@ def project(tmp_path_factory, tmp_path) -> tiny.Project:
 ROOT = Path(__file__).parent.parent
 
 
-def command(
-    project: tiny.Project, *words: str, python: str = sys.executable, **environment: str
-) -> subprocess.Popen:
+def command(project: tiny.Project, *words: str, python: str = sys.executable, **environment: str) -> subprocess.Popen:
     """python -m WORDS as a user starts it, both streams in one pipe."""
     return subprocess.Popen(
         [python, "-m", *words],

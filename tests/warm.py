@@ -2,9 +2,10 @@
 
 Most of a tiny stage's seconds are imports, and a test that runs the pipeline through DVC starts dozens. The folder of
 `folder()`, with a `dvc` too, goes first in PATH; it is that of a virtual environment with the packages of this one, so
-that what its `python` runs starts the same: a flow DVC, DVC a stage, a stage its tracker. Forked are scripts and the modules of FORKED;
-the rest runs as ever. All else about such a process (its command, descriptors, status, signals) is as ever too; but it
-is killed a moment after its caller, and DVC is not its parent: tests that kill DVC or a flow use the real one.
+that what its `python` runs starts the same: a flow DVC, DVC a stage, a stage its tracker. Forked are scripts and the
+modules of FORKED; the rest runs as ever. All else about such a process (its command, descriptors, status, signals) is
+as ever too; but it is killed a moment after its caller, and DVC is not its parent: tests that kill DVC or a flow use
+the real one.
 """
 
 from __future__ import annotations
