@@ -9,13 +9,13 @@ import contextlib
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 import psutil
+import warm
 from clones import Repository
 
 from flows.server import free_port
@@ -57,7 +57,7 @@ class Stack:
         """`python -m infra.stack ...`"""
         settings = {"RANKWISE_STACK": str(self.home), **self.ports}
         return subprocess.run(
-            [sys.executable, "-m", "infra.stack", *words],
+            [warm.folder() / "python", "-m", "infra.stack", *words],
             cwd=self.root,
             env={**self.repository.environment(), "RANKWISE_TRACKING": "on", **settings, **environment},
             input=stdin,

@@ -2,10 +2,10 @@
 
 Most of a tiny stage's seconds are imports, and a test that runs the pipeline through DVC starts dozens. The folder of
 `folder()`, with a `dvc` too, goes first in PATH; it is that of a virtual environment with the packages of this one, so
-that what its `python` runs starts the same: a flow DVC, DVC a stage, a stage its tracker. Forked are scripts and the
-modules of FORKED; the rest runs as ever. All else about such a process (its command, descriptors, status, signals) is
-as ever too; but it is killed a moment after its caller, and DVC is not its parent: tests that kill DVC or a flow use
-the real one.
+that what its `python` runs starts the same: a worker a flow, a flow DVC, DVC a stage, a stage its tracker. Forked are
+scripts and the modules of FORKED; the rest runs as ever. All else about such a process (its command, descriptors,
+status, signals) is as ever too; but it is killed a moment after its caller, and DVC is not its parent: tests that kill
+DVC or a flow use the real one.
 """
 
 from __future__ import annotations
@@ -71,6 +71,9 @@ def folder() -> Path:
     (dvc := python.with_name("dvc")).write_text(f'#!/bin/sh\nexec {python} -m dvc "$@"\n')
     for command in (python, dvc):
         command.chmod(0o755)
+    for command in Path(sys.executable).parent.iterdir():
+        if not (mine := python.with_name(command.name)).exists():
+            mine.symlink_to(command)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
     _KEPT.append(subprocess.Popen([sys.executable, __file__, address], stdin=subprocess.PIPE, env=environment))
     while not address.exists():
@@ -95,6 +98,7 @@ def _serve(address: str) -> None:
             sys.executable = str(Path(address).with_name("bin") / "python")
             os._exit(_run(caller))
         caller.close()
+    shutil.rmtree(Path(address).parent)
 
 
 def _run(caller: socket.socket) -> int:
