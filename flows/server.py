@@ -10,7 +10,6 @@ keeps open here, else one that it starts for itself. Prefect's own serverless mo
 from __future__ import annotations
 
 import argparse
-import base64
 import http.client
 import json
 import os
@@ -19,11 +18,13 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from flows import process
 from rankwise import json_text
@@ -86,7 +87,7 @@ class Server:
         """Return when the server answers, else stop it; raises UserError with the end of its log if it does not."""
         deadline = time.monotonic() + START_TIMEOUT_S
         try:
-            while not ours(self.url):
+            while not (_listens(self.pid, self.port) and healthy(self.url)):
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     raise UserError(
                         f"the local Prefect server did not start ({self.log}): {_last_line(self.log)}; "
@@ -96,6 +97,10 @@ class Server:
         except BaseException:
             self.stop()
             raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def join(self) -> int:
         """Wait for the server to end; returns its exit status."""
@@ -117,25 +122,29 @@ class Server:
 def kept_open() -> str | None:
     """The API address of the server that `python -m flows.server` keeps open in this checkout, if it answers."""
     try:
-        url = json_text.parse((HOME / "server.json").read_text(encoding="utf-8"))["url"]
-    except (OSError, ValueError, LookupError, TypeError):
+        note = json_text.parse((HOME / "server.json").read_text(encoding="utf-8"))
+        there = _listens(note["pid"], urllib.parse.urlsplit(note["url"]).port)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    return url if isinstance(url, str) and ours(url) else None
+    return note["url"] if there and healthy(note["url"]) else None
 
 
-def ours(url: str) -> bool:
-    """Whether the Prefect API at this address is that of this checkout, by the folder of its database.
-
-    That it answers is not enough: another checkout's server may have taken the port, and would go with its own run.
-    """
+def healthy(url: str) -> bool:
+    """Whether a Prefect API answers at this address."""
     try:
-        request = urllib.request.Request(f"{url}/admin/settings")
-        if secret := os.environ.get("PREFECT_API_AUTH_STRING"):
-            request.add_header("Authorization", f"Basic {base64.b64encode(secret.encode()).decode()}")
-        with urllib.request.urlopen(request, timeout=2) as reply:
-            return json_text.parse(reply.read().decode())["home"] == str(HOME.resolve())
-    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):  # also where it is no address
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as reply:
+            return reply.status == 200
+    except (OSError, ValueError, http.client.HTTPException):  # also where it is no address at all
         return False
+
+
+def _listens(pid: int, port: int | None) -> bool:
+    """Whether the server at this port is that process, and not a neighbour's."""
+    try:
+        sockets = psutil.Process(pid).net_connections("tcp")
+    except (psutil.Error, ValueError, TypeError, OverflowError):
+        return False
+    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in sockets)
 
 
 def free_port(preferred: int | None = None) -> int:
@@ -181,16 +190,18 @@ def main(arguments: list[str] | None = None) -> int:
     note = HOME / "server.json"
     try:
         server.wait()
-        note.write_text(json.dumps({"url": server.url}), encoding="utf-8")
+        note.write_text(json.dumps({"url": server.url, "pid": server.pid}), encoding="utf-8")
         print(f"Prefect UI: http://127.0.0.1:{port} (ctrl-C ends it)", flush=True)
-        return server.join()
+        try:
+            return server.join()
+        finally:
+            note.unlink(missing_ok=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 0
     finally:
-        note.unlink(missing_ok=True)
         server.stop()
 
 

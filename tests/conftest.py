@@ -123,22 +123,22 @@ class Toy:
 
 @contextlib.contextmanager
 def prefect_server(folders: pytest.TempPathFactory, *, lean: bool) -> Iterator[str]:
-    """A Prefect server for the tests of a file; gives its API address. lean: without schedules and workers."""
+    """A Prefect server; gives its API address. lean: without schedules and workers."""
     from flows import server
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "HOME", folders.mktemp("server") / "prefect")
         running = server.Server(server.free_port(), lean=lean)
-        try:
-            running.wait()
-            yield running.url
-        finally:
-            running.stop()
+    try:
+        running.wait()
+        yield running.url
+    finally:
+        running.stop()
 
 
 @pytest.fixture(scope="session")
 def api(tmp_path_factory):
-    """A Prefect server for flows that need not start their own; gives its API address."""
+    """A Prefect server for the flows of all tests that need not start their own; gives its API address."""
     with prefect_server(tmp_path_factory, lean=True) as url:
         yield url
 

@@ -47,9 +47,10 @@ SMALL = Case(name="tiny", shape=MODELS["tiny"], batch=4, prompt=12, answer=8)
 FP32 = OurSetting(precision="fp32", budget=64)
 
 
-def run(name: str, *options: str, **environment: str) -> subprocess.CompletedProcess:
+def run(name: str, *options: str, python: str | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """A command and its workers, which are forked (tests/warm.py) unless a Python is named."""
     return subprocess.run(
-        [warm.folder() / "python", "-m", f"benchmarks.{name}", *options],
+        [python or warm.folder() / "python", "-m", f"benchmarks.{name}", *options],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
@@ -560,7 +561,7 @@ def test_a_second_reference_pass_recomputes_nothing(tmp_path):
 @pytest.mark.slow
 def test_memory_is_counted_above_what_imports_take(tmp_path):
     file = tmp_path / "record.json"
-    told = run("memory", "--quick", "--rounds", "1", "--device", "cpu", "--json", str(file))
+    told = run("memory", "--quick", "--rounds", "1", "--device", "cpu", "--json", str(file), python=sys.executable)
     assert told.returncode == 0, told.stderr
     (result,) = json.loads(file.read_text())["results"]
     for side in (result["ours"], result["trl"]):

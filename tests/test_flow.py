@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import Toy
 
@@ -71,12 +73,15 @@ def test_flow_and_bare_repro_leave_the_same_lock(done, toy):
 
 
 def test_a_person_finds_stages_by_name_with_their_edges_and_metrics(done, client):
+    from prefect.client.schemas.filters import ArtifactFilter
+
     _, said = done
     runs = task_runs(client, run_id(said.stdout), len(Toy.ORDER))
     assert set(runs) == set(Toy.ORDER)
     assert [up.id for up in runs["sft"].task_inputs["wait_for"]] == [runs["prompts"].id]
     assert client.read_flow_run(run_id(said.stdout)).name.endswith(": 4 ran")
-    artifacts = {artifact.key: artifact for artifact in client.read_artifacts()}
+    only = ArtifactFilter.model_validate({"flow_run_id": {"any_": [run_id(said.stdout)]}})
+    artifacts = {artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=only)}
     assert "| kl.mean | 1.5 |" in artifacts["sft"].data and artifacts["sft"].task_run_id == runs["sft"].id
     assert "| verdicts | ran |" in artifacts["summary"].data
 
@@ -298,7 +303,7 @@ def test_a_key_from_a_prefect_secret_reaches_the_stage_and_no_file_or_log(toy, a
     only = LogFilter.model_validate({"flow_run_id": {"any_": [run_id(said.stdout)]}})
     logs = "".join(log.message for log in client.read_logs(only))
     assert "started" in logs and key not in said.stdout + logs
-    assert files_that_hold("started", toy.root) and not files_that_hold(key, toy.root, server.HOME)
+    assert files_that_hold("started", toy.root) and not files_that_hold(key, toy.root, home_of(api))
 
 
 def test_a_key_of_the_environment_wins_over_the_secret_and_no_server_means_no_look(monkeypatch):
@@ -340,30 +345,38 @@ def test_a_run_with_its_own_server_keeps_every_row_and_leaves_no_process(toy, mo
 
 
 def test_a_neighbours_server_is_not_the_one_that_this_checkout_keeps_open(api, tmp_path, monkeypatch):
-    """Its page was ended outright and left its note; another checkout's has the port since."""
+    """Its own was killed outright and left its note; another checkout's has the port since."""
     monkeypatch.setattr(server, "HOME", tmp_path)
-    (tmp_path / "server.json").write_text(json.dumps({"url": api}))
+    note, port = tmp_path / "server.json", port_of(api)
+    note.write_text(json.dumps({"url": api, "pid": os.getpid()}))
     assert server.kept_open() is None
-    monkeypatch.setattr(server, "HOME", Path(home_of(api)))
-    assert server.ours(api)
+    sockets = psutil.net_connections("tcp")
+    pid = next(one.pid for one in sockets if one.status == psutil.CONN_LISTEN and one.laddr.port == port)
+    note.write_text(json.dumps({"url": api, "pid": pid}))
+    assert server.kept_open() == api
 
 
 @pytest.mark.slow
 def test_a_neighbour_that_takes_the_port_while_a_server_starts_is_not_taken_for_it(api, tmp_path, monkeypatch):
     monkeypatch.setattr(server, "HOME", tmp_path)
-    monkeypatch.setattr(server, "DEFAULT_PORT", int(api.removesuffix("/api").rpartition(":")[2]))
+    monkeypatch.setattr(server, "DEFAULT_PORT", port_of(api))
     looks, really = iter([server.DEFAULT_PORT]), server.free_port
     monkeypatch.setattr(server, "free_port", lambda port=None: next(looks, None) or really(port))
     own = server.Server.for_one_run()
     try:
-        assert own.url != api and home_of(own.url) == str(tmp_path)
+        assert own.url != api and server.healthy(own.url)
     finally:
         own.stop()
 
 
-def home_of(url: str) -> str:
+def home_of(url: str) -> Path:
+    """The folder in which a Prefect server keeps what it knows."""
     with urllib.request.urlopen(f"{url}/admin/settings", timeout=20) as reply:
-        return json.load(reply)["home"]
+        return Path(json.load(reply)["home"])
+
+
+def port_of(url: str) -> int:
+    return urllib.parse.urlsplit(url).port
 
 
 @pytest.mark.slow

@@ -165,7 +165,7 @@ def test_runs_that_succeed_and_fail_leave_no_secret_in_a_file_a_log_or_a_command
 
     def flow(*options: str, **more: str) -> int:
         done = subprocess.run(
-            ["python", "-m", "flows.align", "--target", "verdicts", *options],
+            [sys.executable, "-m", "flows.align", "--target", "verdicts", *options],
             cwd=own.root,
             env={**environment, **more},
             capture_output=True,

@@ -3,13 +3,16 @@
 Most of a tiny stage's seconds are imports, and a test that runs the pipeline through DVC starts dozens. The folder of
 `folder()`, with a `dvc` too, goes first in PATH; it is that of a virtual environment with the packages of this one, so
 that what its `python` runs starts the same: a worker a flow, a flow DVC, DVC a stage, a stage its tracker. Forked are
-scripts and the modules of FORKED; the rest runs as ever. All else about such a process (its command, descriptors,
-status, signals) is as ever too; but it is killed a moment after its caller, and DVC is not its parent: tests that kill
-DVC or a flow use the real one.
+scripts and the modules of FORKED; the rest runs as ever.
+
+Such a process has the command, environment, folder, descriptors, signals and status that it would have. But it is of
+another process group, is killed a moment after its caller, and DVC is not its parent: tests that kill DVC or a flow use
+the real one. And what is settled at Python's start or an import (PYTHONHASHSEED, paths below HOME) was settled before.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -104,6 +107,8 @@ def _serve(address: str) -> None:
 def _run(caller: socket.socket) -> int:
     """In a process of its own: what the caller asked for; tells it the process and, at the end, the status."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    atexit._clear()  # what was imported so far ends with the process that imported it
+    importlib.import_module("numpy").random.seed()  # else all of them draw the same numbers
     size, given, *_ = socket.recv_fds(caller, 8, 64)
     asked = b""
     while len(asked) < int.from_bytes(size, "big"):
@@ -157,6 +162,7 @@ def _status_of(module: str) -> int:
         return 1
     finally:
         threading._shutdown()  # threads that are no daemons are waited for, as at the end of any program
+        atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
     return 0
