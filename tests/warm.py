@@ -109,16 +109,8 @@ def _run(caller: socket.socket) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     atexit._clear()  # what was imported so far ends with the process that imported it
     importlib.import_module("numpy").random.seed()  # else all of them draw the same numbers
-    size, given, *_ = socket.recv_fds(caller, 8, 64)
-    asked = b""
-    while len(asked) < int.from_bytes(size, "big"):
-        asked += caller.recv(1 << 16)
-    words, where, environment, streams = json.loads(asked)
-    # Each to its caller's number, which may be that of another that came, or of the way to the caller itself.
     caller = socket.socket(fileno=_out_of_the_way(caller.detach()))
-    for number, stream in zip(streams, [_out_of_the_way(stream) for stream in given], strict=True):
-        os.dup2(stream, number)
-        os.close(stream)
+    words, where, environment = _asked(caller)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, buffering=1) for n, mode in enumerate("rww"))
     os.chdir(where)
     os.environ.clear()
@@ -132,6 +124,20 @@ def _run(caller: socket.socket) -> int:
     status = _status_of(module)
     caller.sendall(f"{status}\n".encode())
     return status
+
+
+def _asked(caller: socket.socket) -> tuple[list[str], str, dict[str, str]]:
+    """Words, folder and environment; the caller's descriptors are put where it has them."""
+    size, streams, *_ = socket.recv_fds(caller, 8, 64)
+    asked = b""
+    while len(asked) < int.from_bytes(size, "big"):
+        asked += caller.recv(1 << 16)
+    *rest, numbers = json.loads(asked)
+    # All are moved before the first is placed: where it belongs, another may have arrived.
+    for number, stream in zip(numbers, [_out_of_the_way(stream) for stream in streams], strict=True):
+        os.dup2(stream, number)
+        os.close(stream)
+    return tuple(rest)
 
 
 def _out_of_the_way(descriptor: int) -> int:
